@@ -40,6 +40,8 @@ def get_config() -> ConfigDict:
     moe.experts_per_token = 2         # K; for expert_choice the mean number of experts per token
     moe.every = 2                     # one layer in so many is a mixture of experts
     moe.first = -1                    # which one of each period: 0 … every-1; -1 = the last (OpenMoE)
+    moe.first_dense_layers = 0        # the first so many layers are dense all the same (DeepSeekMoE-16B: 1, DeepSeek-V3: 3);
+                                      # their width, as that of every dense layer, is model.d_ff
     moe.d_ff = 512                    # hidden width of one expert (F)
     moe.activation = "swiglu"         # of the experts, as model.activation
     moe.expert_bias = False           # every expert adds a bias to both of its products (V-MoE, GPT-OSS)
@@ -79,6 +81,13 @@ def get_config() -> ConfigDict:
     moe.eval_dispatch = "dropless"    # evaluation, as dispatch; generation is always dropless
     moe.grouped_matmul = "auto"       # what dropless multiplies with: auto (by platform and shape), portable, ragged_dot,
                                       # megablox (TPU), tokamax (GPU, TPU; pip install 'moe_jax[tokamax]')
+    moe.expert_parallelism = "compiler"  # how tokens reach experts on other devices: compiler (XLA inserts the all-to-all from
+                                      # where the buffers lie; dropless, which has none, as shard_map), shard_map (written
+                                      # out), none (tokens stay, every device gathers the weights of all experts)
+    moe.row_exchange = "auto"         # rows of dropless travel padded (all_to_all, anywhere), ragged (ragged_all_to_all: TPU,
+                                      # GPU), auto (ragged where it compiles)
+    moe.row_exchange_factor = 2.0     # rows that two devices exchange at once, over a balanced load; more travel in further
+                                      # rounds, nothing is dropped
     moe.capacity_factor = 1.25        # buffer slots per expert over the balanced load (see capacity_counts)
     moe.eval_capacity_factor = 2.0    # the same where eval_dispatch has buffers
     moe.capacity_counts = "choices"   # balanced load = K·T/E choices (V-MoE), or "tokens" = T/E (flaxformer, OpenMoE);

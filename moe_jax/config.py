@@ -100,6 +100,7 @@ class MoEConfig:
     experts_per_token: int = 2
     every: int = 2
     first: int = -1
+    first_dense_layers: int = 0
     d_ff: int = 512
     activation: str = "swiglu"
     expert_bias: bool = False
@@ -130,6 +131,9 @@ class MoEConfig:
     dispatch: str = "gather"
     eval_dispatch: str = "dropless"
     grouped_matmul: str = "auto"
+    expert_parallelism: str = "compiler"
+    row_exchange: str = "auto"
+    row_exchange_factor: float = 2.0
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
     capacity_counts: str = "choices"
@@ -174,7 +178,7 @@ class MoEConfig:
         _at_least("moe", self, 0, "num_experts", "num_shared_experts", "router_jitter", "router_noise", "balance_weight",
                   "importance_weight", "load_weight", "device_weight", "communication_weight", "router_z_weight",
                   "bias_update_rate", "group_size", "groups_per_token", "num_identity_experts", "num_zero_experts",
-                  "num_constant_experts", "device_capacity_factor", "undropped_sequences")
+                  "num_constant_experts", "device_capacity_factor", "undropped_sequences", "first_dense_layers")
         _at_least("moe", self, 1, "experts_per_token", "every", "d_ff", "min_capacity", "num_groups", "capacity_multiple")
         _at_least("moe", self, -1, "first")
         _choice("moe", self, "activation", ACTIVATIONS)
@@ -189,6 +193,8 @@ class MoEConfig:
         _choice("moe", self, "capacity_counts", ("choices", "tokens"))
         _choice("moe", self, "capacity_rounding", ("default", "up", "nearest"))
         _choice("moe", self, "padding", ("nowhere", "in_means", "takes_slots", "routed"))
+        _choice("moe", self, "expert_parallelism", ("compiler", "shard_map", "none"))
+        _choice("moe", self, "row_exchange", ("auto", "padded", "ragged"))
         _choice("moe", self, "residual_ffn", ("none", "parallel", "sequential"))
         _choice("moe", self, "group_over", ("sequence", "batch"))
         _choice("moe", self, "balance_scope", ("group", "sequence", "document", "microbatch", "global"))
@@ -198,13 +204,18 @@ class MoEConfig:
         _require(0 <= self.policy_baseline_decay < 1, "moe.policy_baseline_decay", self.policy_baseline_decay,
                  "must be at least 0 and below 1.")
         for field in ("capacity_factor", "eval_capacity_factor", "router_init", "route_scale", "second_threshold",
-                      "zero_expert_weight"):
+                      "zero_expert_weight", "row_exchange_factor"):
             _require(getattr(self, field) > 0, f"moe.{field}", getattr(self, field), "must be above 0.")
         _require(self.router_jitter < 1, "moe.router_jitter", self.router_jitter, "must be below 1.")
         for field in ("bias_update", "bias_centered"):
             value, default = getattr(self, field), getattr(MoEConfig, field)
             _require(value == default or self.bias_update_rate > 0, f"moe.{field}", value,
                      f"has no effect without moe.bias_update_rate above 0; set that, or moe.{field}={default!r}.")
+        for field in ("row_exchange", "row_exchange_factor"):
+            value, default = getattr(self, field), getattr(MoEConfig, field)
+            _require(value == default or self.expert_parallelism != "none", f"moe.{field}", value,
+                     f"has no effect with moe.expert_parallelism='none', under which no rows travel; set moe.{field}="
+                     f"{default!r}, or another moe.expert_parallelism.")
         if self.num_experts == 0:
             return
         _require(self.experts_per_token <= self.num_routed_experts, "moe.experts_per_token", self.experts_per_token,
@@ -415,6 +426,7 @@ class Config:
         _require(self.model.num_layers > self.moe_offset, "moe.every", self.moe.every,
                  f"gives no MoE layer among model.num_layers={self.model.num_layers}; set moe.every to at most "
                  f"{self.model.num_layers}, or moe.num_experts=0 for a dense model.")
+        self._check_first_dense_layers()
         self._check_groups()
         # Imported here because the tables of names live with the code they name, and that code reads this module.
         from moe_jax.dispatch import DISPATCHERS
@@ -427,6 +439,16 @@ class Config:
         _choice("moe", self.moe, "grouped_matmul", ("auto", *IMPLEMENTATIONS))
         _choice("moe", self.moe, "balance_loss", tuple(BALANCE_LOSSES))
         check_router(self.moe)
+
+    def _check_first_dense_layers(self):
+        moe, leading = self.moe, self.moe.first_dense_layers
+        _require(leading == 0 or leading > self.moe_offset, "moe.first_dense_layers", leading,
+                 f"has no effect: with moe.every={moe.every} and moe.first={moe.first} the first {self.moe_offset} layers are "
+                 f"dense anyway; set it to 0, or to more than {self.moe_offset}.")
+        last = range(self.moe_offset, self.model.num_layers, moe.every)[-1]
+        _require(leading <= last, "moe.first_dense_layers", leading,
+                 f"leaves no MoE layer among model.num_layers={self.model.num_layers}; set it to at most {last}, or "
+                 f"moe.num_experts=0 for a dense model.")
 
     def _check_groups(self):
         length, size = self.data.sequence_length, self.moe.group_size
@@ -448,7 +470,7 @@ class Config:
 
     @property
     def moe_offset(self) -> int:
-        """Index of the first MoE layer; the others follow every ``moe.every`` layers."""
+        """Index of an MoE layer in each period of ``moe.every`` layers."""
         return self.moe.first % self.moe.every
 
     @property
@@ -456,7 +478,8 @@ class Config:
         """Indices of the MoE layers, ascending; empty for a dense model."""
         if self.moe.is_dense:
             return ()
-        return tuple(i for i in range(self.model.num_layers) if i % self.moe.every == self.moe_offset)
+        return tuple(i for i in range(self.moe.first_dense_layers, self.model.num_layers)
+                     if i % self.moe.every == self.moe_offset)
 
     @property
     def tokens_per_step(self) -> int:

@@ -220,6 +220,29 @@ def test_moe_layers_follow_every_and_first(layers, every, first, expected):
     assert Config(ModelConfig(num_layers=layers), MoEConfig(every=every, first=first)).moe_layers == expected
 
 
+@pytest.mark.parametrize("layers, every, first, leading, expected", [
+    (5, 1, -1, 1, (1, 2, 3, 4)),  # DeepSeekMoE-16B
+    (5, 1, -1, 3, (3, 4)),  # DeepSeek-V3
+    (6, 2, 0, 2, (2, 4)),  # the period is counted from the first layer all the same
+    (6, 2, -1, 2, (3, 5)),
+    (6, 2, -1, 5, (5,)),
+])
+def test_the_first_dense_layers_are_dense(layers, every, first, leading, expected):
+    moe = MoEConfig(every=every, first=first, first_dense_layers=leading)
+    assert Config(ModelConfig(num_layers=layers), moe).moe_layers == expected
+
+
+@pytest.mark.parametrize("layers, every, leading, words", [
+    (4, 2, 1, "first_dense_layers=1: has no effect: .*the first 1 layers are dense anyway; set it to 0, or to more than 1"),
+    (4, 1, 4, "first_dense_layers=4: leaves no MoE layer among model.num_layers=4; set it to at most 3"),
+    (5, 2, 4, "first_dense_layers=4: leaves no MoE layer among model.num_layers=5; set it to at most 3"),
+    (4, 1, -1, "first_dense_layers=-1: must be at least 0"),
+])
+def test_first_dense_layers_that_change_nothing_or_everything_are_refused(layers, every, leading, words):
+    with pytest.raises(ConfigError, match=words):
+        Config(ModelConfig(num_layers=layers), MoEConfig(every=every, first_dense_layers=leading))
+
+
 def test_a_dense_model_has_no_moe_layers_and_ignores_the_other_moe_settings():
     config = resolve(moe(num_experts=0, experts_per_token=99, router="top_k"))
     assert config.moe_layers == () and config.moe.is_dense

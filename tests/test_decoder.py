@@ -30,6 +30,7 @@ D, M = False, True
     ((D, M, D, M, D), (0, 2, 2)),  # an odd one remains at the end
     ((D, M, M, D, M, M, D), (0, 3, 2)),
     ((D, D, D, M, D, D), (0, 1, 3)),  # every 4th of six: 4 distinct either way to cut it
+    ((D, D, D, M, M, M, M), (3, 1, 4)),  # dense layers in front
     ((D, M), (0, 2, 1)),  # nothing repeats
     ((M,), (0, 1, 1)),
 ])
@@ -45,12 +46,12 @@ def test_layer_pattern_leaves_the_fewest_distinct_layers(layers, expected):
 def unrolled_params(scanned, config):
     """Parameters of the scanned layers in the places where ``scan_layers=False`` keeps them."""
     prefix, period, repeats = layer_pattern(tuple(i in config.moe_layers for i in range(config.model.num_layers)))
-    assert prefix == 0 and period * repeats == config.model.num_layers
-    layers = {}
-    for i in range(config.model.num_layers):
-        take = lambda leaf, i=i: np.asarray(leaf)[i // period][None]
-        layers[i] = jax.tree.map(take, scanned["body"]["layers"][i % period])
-    return {**scanned, "body": {"layers": layers}}
+    assert prefix + period * repeats == config.model.num_layers
+    layers = {i: jax.tree.map(lambda leaf: np.asarray(leaf)[None], scanned["first"][i]["layers"][0]) for i in range(prefix)}
+    for i in range(prefix, config.model.num_layers):
+        take = lambda leaf, i=i: np.asarray(leaf)[(i - prefix) // period][None]
+        layers[i] = jax.tree.map(take, scanned["body"]["layers"][(i - prefix) % period])
+    return {name: part for name, part in scanned.items() if name != "first"} | {"body": {"layers": layers}}
 
 
 CONFIG = tiny.config(moe_balance_weight=0.5, moe_router_z_weight=0.1)  # dense, MoE, dense, MoE
@@ -90,6 +91,21 @@ def test_b29_b30_rematerialised_layers_count_and_learn_the_same(scanned, remat, 
     np.testing.assert_array_equal(metrics["routing"]["kept_LE"], expected_metrics["routing"]["kept_LE"])
     tiny.assert_close(metrics, expected_metrics)
     tiny.assert_close(grads, expected_grads, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_dense_layers_in_front_are_the_same_scanned_and_unrolled():
+    """Two dense layers of model.d_ff, then three of experts that are scanned: values, losses and gradients."""
+    config = tiny.config(model_num_layers=5, moe_every=1, moe_first_dense_layers=2, moe_balance_weight=0.5)
+    params, apart = tiny.params(config), with_model(config, scan_layers=False)
+    assert [set(layer["layers"][0]) >= {"mlp"} for layer in params["first"].values()] == [True, True]
+    assert params["first"][0]["layers"][0]["mlp"]["w_in_DF"].shape == (16, 32)
+    assert params["body"]["layers"][0]["moe"]["experts"]["w_in_EDF"].shape == (3, 4, 16, 16)
+    grads, metrics = tiny.grads(config, params, BATCH)
+    assert metrics["routing"]["counts_LE"].shape == (3, 4)
+    unrolled_grads, unrolled_metrics = tiny.grads(apart, unrolled_params(params, config), BATCH)
+    tiny.assert_close(metrics, unrolled_metrics)
+    tiny.assert_close(unrolled_params(grads, config), unrolled_grads, rtol=1e-4)
 
 
 def test_b29_tied_router_logits_route_the_same_when_recomputed():

@@ -49,6 +49,13 @@ def test_an_activation_has_its_own_number_of_matrices(activation, matrices):
     assert forward_flops_per_token(config, 32, 16) == 4 * LAYER_FLOPS + 2 * 2 * mlp + 2 * 2 * (2 * expert + ROUTER) + 1024
 
 
+def test_dense_layers_in_front_have_the_dense_width():
+    config = tiny.config(moe_every=1, moe_first_dense_layers=1)  # one MLP, three layers of 4 experts
+    count, dense = count_parameters(config, 32), 4 * (ATTENTION + NORMS) + MLP + 16 + TABLES
+    assert count.total == dense + 3 * (4 * EXPERT + ROUTER) and count.active == dense + 3 * (2 * EXPERT + ROUTER)
+    assert forward_flops_per_token(config, 32, 16) == 4 * LAYER_FLOPS + 2 * MLP + 3 * 2 * (2 * EXPERT + ROUTER) + 1024
+
+
 def test_biases_are_parameters_and_no_flops():
     biased, plain = (tiny.config(moe_expert_bias=bias, moe_num_shared_experts=1) for bias in (True, False))
     each = 2 * 16 + 16  # gate and in: F = 16 each; out: D = 16
