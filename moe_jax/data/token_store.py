@@ -91,24 +91,30 @@ class TokenStore:
     summary: dict  # documents, bytes and tokens by split and domain
 
 
+def users_cache(chosen: str = "") -> str | None:
+    """`chosen`, else $MOE_JAX_CACHE, else $XDG_CACHE_HOME/moe_jax, else ~/.cache/moe_jax. None: there is no home folder."""
+    home_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    wanted = chosen or os.environ.get("MOE_JAX_CACHE") or os.path.join(home_cache, "moe_jax")
+    # A user without a home folder: "~" stays as it is, and would become a folder of that name.
+    is_given = chosen or os.environ.get("MOE_JAX_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    if not is_given and os.path.expanduser("~").startswith("~"):
+        return None
+    return os.path.abspath(os.path.expanduser(wanted))
+
+
 def cache_folder(config, workdir: str) -> str:
     """The folder for stores and trained vocabularies, created if needed.
 
-    `config.cache_dir`, else $MOE_JAX_CACHE, else $XDG_CACHE_HOME/moe_jax, else ~/.cache/moe_jax. If that cannot be
-    written, `<workdir>/data` with a warning.
+    :func:`users_cache` of `config.cache_dir`. If that cannot be written, `<workdir>/data` with a warning.
 
     Raises:
       CorpusError: neither can be written.
     """
-    home_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    wanted = config.cache_dir or os.environ.get("MOE_JAX_CACHE") or os.path.join(home_cache, "moe_jax")
-    wanted = os.path.abspath(os.path.expanduser(wanted))
-    # A user without a home folder: "~" stays as it is, and would become a folder of that name.
-    has_home = not os.path.expanduser("~").startswith("~")
-    is_given = config.cache_dir or os.environ.get("MOE_JAX_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    problem = _why_not_writable(wanted) if has_home or is_given else "this user has no home folder"
+    wanted = users_cache(config.cache_dir)
+    problem = "this user has no home folder" if wanted is None else _why_not_writable(wanted)
     if problem is None:
         return wanted
+    wanted = wanted or "~/.cache/moe_jax"
     fallback = os.path.abspath(os.path.join(workdir, "data"))
     log.warning("cannot write the data cache %s (%s); using %s instead (set data.cache_dir)", wanted, problem, fallback)
     problem = _why_not_writable(fallback)

@@ -275,7 +275,7 @@ class Progress:
             fields.append(f"drop {100 * float(drop_fraction):.1f} %")
         if load_imbalance is not None:
             fields.append(f"imbalance {float(load_imbalance):.2f}")
-        fields.append(f"eta {_duration(remaining)}")
+        fields.append(f"eta {duration(remaining)}")
         text = "  ".join(fields)
         if self._bar is None:
             print(text, file=self._stream, flush=True)
@@ -296,7 +296,8 @@ class Progress:
             self._bar = None
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """``'2 min 05 s'``; ``'?'`` where it is not known."""
     if seconds is None or not math.isfinite(seconds):
         return "?"
     seconds = round(seconds)
@@ -470,7 +471,7 @@ def versions() -> dict[str, Any]:
 
     devices = jax.devices()
     packages = {"orbax": "orbax-checkpoint"}
-    names = ("jax", "jaxlib", "flax", "optax", "orbax", "numpy", "moe_jax")
+    names = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax", "numpy", "moe_jax")
     return {
         "python": platform.python_version(),
         **{name: _installed(packages.get(name, name)) for name in names},
