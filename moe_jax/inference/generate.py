@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from moe_jax.config import Config
 from moe_jax.nn.moe import RoutingMode
@@ -93,34 +93,83 @@ def _compiled(config, vocab_size, max_tokens, sampling, eos_id, used_ids):
 
 def _generate(params, ids_BS, valid_BS, bias_LE, key, prompt_hash_B, *, config, vocab_size, max_tokens, sampling, eos_id, used_ids):
     """Prefill, then one token at a time; ``[B, max_tokens]`` ids, ``eos_id`` after the end."""
+    width = ids_BS.shape[1]
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jax.reshard(prompt_hash_B, P(TOKEN_AXES)))
+    logits_BV, written = prefill(params, ids_BS, valid_BS, bias_LE, config, vocab_size, width + max_tokens)
+    first_B = _draw(logits_BV, keys_B, 0, sampling, used_ids)
+
+    def step(carry, i):
+        token_B, ended_B, written = carry
+        ended_B = ended_B | (token_B == eos_id)
+        logits_BV, written = decode(params, written, token_B, width + i, bias_LE, config, vocab_size)
+        next_B = _draw(logits_BV, keys_B, i + 1, sampling, used_ids)
+        next_B = jnp.where(ended_B, eos_id, next_B)
+        return (next_B, ended_B, written), token_B
+
+    _, tokens_TB = jax.lax.scan(step, (first_B, jnp.zeros_like(first_B, bool), written), jnp.arange(max_tokens))
+    return tokens_TB.T
+
+
+class Written(NamedTuple):
+    """What the model has read and written so far.
+
+    cache: keys and values of T slots, :meth:`moe_jax.models.decoder.Decoder.empty_cache`. segments_BT: 1 where a slot is
+    filled. last_B: the newest token. position_B: that of the next one.
+    """
+
+    cache: Any
+    segments_BT: jax.Array
+    last_B: jax.Array
+    position_B: jax.Array
+
+
+def prefill(params: Any, ids_BS: jax.Array, valid_BS: jax.Array, bias_LE: jax.Array, config: Config, vocab_size: int,
+            slots: int) -> tuple[jax.Array, Written]:
+    """Reads prompts, padded on the left, into an empty cache of ``slots`` tokens.
+
+    Returns:
+      The logits of each row's next token, fp32 ``[B, V]``, and what was read.
+    """
     model = nnx.merge(model_graph(config, vocab_size), params)
     batch, width = ids_BS.shape
     ids_BS, valid_BS = jax.reshard(ids_BS, P(TOKEN_AXES)), jax.reshard(valid_BS, P(TOKEN_AXES))
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jax.reshard(prompt_hash_B, P(TOKEN_AXES)))
     # Positions count from the first real token; padding on the left is seen by nobody.
     positions_BS = jnp.maximum(jnp.cumsum(valid_BS, axis=1, dtype=jnp.int32) - 1, 0)
-    segments_BT = jnp.pad(valid_BS.astype(jnp.int32), ((0, 0), (0, max_tokens)))
+    segments_BT = jnp.pad(valid_BS.astype(jnp.int32), ((0, 0), (0, slots - width)))
     # [..., B, T, H, d]: stacked layers lead.
     cache = jax.tree.map(lambda leaf: jax.reshard(leaf, P(*(None,) * (leaf.ndim - 4), TOKEN_AXES, None, "tensor")),
-                         model.empty_cache(batch, width + max_tokens))
-    mode = RoutingMode.causal(config)
-    output = model(ids_BS, positions_BS, valid_BS.astype(jnp.int32), valid_BS, mode, bias_LE, None, cache, segments_BT, 0)
-    first_B = _draw(output.logits_BSV[:, -1], keys_B, 0, sampling, used_ids)
+                         model.empty_cache(batch, slots))
+    output = model(ids_BS, positions_BS, valid_BS.astype(jnp.int32), valid_BS, RoutingMode.causal(config), bias_LE, None,
+                   cache, segments_BT, 0)
+    return output.logits_BSV[:, -1], Written(output.cache, segments_BT, ids_BS[:, -1], positions_BS[:, -1] + 1)
 
-    def step(carry, i):
-        previous_B, token_B, ended_B, position_B, segments_BT, cache = carry
-        ended_B = ended_B | (token_B == eos_id)
-        segments_BT = jax.lax.dynamic_update_slice_in_dim(segments_BT, jnp.ones_like(token_B)[:, None], width + i, 1)
-        alive_B1 = jnp.ones_like(token_B, bool)[:, None]
-        output = model(token_B[:, None], position_B[:, None], jnp.ones_like(token_B)[:, None], alive_B1, mode, bias_LE,
-                       None, cache, segments_BT, width + i, previous_B[:, None])
-        next_B = _draw(output.logits_BSV[:, 0], keys_B, i + 1, sampling, used_ids)
-        next_B = jnp.where(ended_B, eos_id, next_B)
-        return (token_B, next_B, ended_B, position_B + 1, segments_BT, output.cache), token_B
 
-    carry = (ids_BS[:, -1], first_B, jnp.zeros_like(first_B, bool), positions_BS[:, -1] + 1, segments_BT, output.cache)
-    _, tokens_TB = jax.lax.scan(step, carry, jnp.arange(max_tokens))
-    return tokens_TB.T
+def decode(params: Any, written: Written, token_B: jax.Array, index: jax.Array | int, bias_LE: jax.Array, config: Config,
+           vocab_size: int) -> tuple[jax.Array, Written]:
+    """Reads one token more per row, into slot ``index``; as :func:`prefill`."""
+    model = nnx.merge(model_graph(config, vocab_size), params)
+    one_B1 = jnp.ones_like(token_B)[:, None]
+    segments_BT = jax.lax.dynamic_update_slice_in_dim(written.segments_BT, one_B1, index, 1)
+    output = model(token_B[:, None], written.position_B[:, None], one_B1, one_B1.astype(bool), RoutingMode.causal(config),
+                   bias_LE, None, written.cache, segments_BT, index, written.last_B[:, None])
+    return output.logits_BSV[:, 0], Written(output.cache, segments_BT, token_B, written.position_B + 1)
+
+
+def lowered(step: str, config: Config, vocab_size: int, params: Any, bias_LE: Any, batch: int,
+            length: int) -> jax.stages.Lowered:
+    """``'prefill'`` of prompts of ``length`` tokens, or ``'decode'`` of one token more in the last of so many slots, ready
+    to be compiled; parameters and bias by shape (:func:`moe_jax.training.state.abstract_state`). The mesh is in context.
+    """
+    mesh = jax.sharding.get_mesh()
+    rows = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(TOKEN_AXES)))
+    reads = functools.partial(prefill, config=config, vocab_size=vocab_size, slots=length)
+    prompts = (params, rows(batch, length, dtype=jnp.int32), rows(batch, length, dtype=bool), bias_LE)
+    if step == "prefill":
+        return jax.jit(reads).lower(*prompts)
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec))
+    written = jax.tree.map(place, jax.eval_shape(reads, *prompts)[1])
+    writes = jax.jit(functools.partial(decode, config=config, vocab_size=vocab_size), donate_argnums=1)
+    return writes.lower(params, written, rows(batch, dtype=jnp.int32), jax.ShapeDtypeStruct((), jnp.int32), bias_LE)
 
 
 def _draw(logits_BV, keys_B, index, sampling, used_ids):

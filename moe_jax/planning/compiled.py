@@ -1,0 +1,163 @@
+"""The real programs of a config – training step, prefill, decode – compiled for a slice that need not exist.
+
+Nothing is allocated and no data is opened: parameters, optimizer state and batch are shapes with shardings. What is
+compiled is what a run compiles (:func:`moe_jax.training.step.jitted_train_step`, :mod:`moe_jax.inference.generate`), with
+the same options.
+"""
+
+import dataclasses
+import re
+import time
+from typing import Any, Callable
+
+from moe_jax.config import Config, ConfigError
+from moe_jax.planning.hlo import Collective, collectives, estimated_cycles
+from moe_jax.planning.slices import PlanError, Slice, tpu_devices
+
+STEPS = ("train", "prefill", "decode")
+
+
+class OutOfMemory(PlanError):
+    """The compiler refuses a program that needs more memory than a device has.
+
+    Attributes:
+      needed_bytes, available_bytes: per device, as it says; None if it does not.
+    """
+
+    def __init__(self, message: str, needed_bytes: int | None, available_bytes: int | None):
+        super().__init__(message)
+        self.needed_bytes, self.available_bytes = needed_bytes, available_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What the compiler says of one step of one config on one slice.
+
+    Attributes:
+      step: 'train', 'prefill' or 'decode'.
+      arguments_bytes, output_bytes, temporary_bytes: per device; state and batch, new state and metrics, everything
+        between.
+      aliased_bytes: of the output, written over arguments that are no longer needed.
+      peak_bytes: arguments, outputs that have a place of their own, and temporaries: what a device must have.
+      flops: per device and step, as compiled: with recomputation, capacity padding and replicated work. Products inside
+        Pallas kernels count as their authors declare them.
+      bytes_accessed: per device and step, to and from memory, as compiled.
+      cycles: the compiler's own estimate for one device; None where it makes none.
+      collectives: see :mod:`moe_jax.planning.hlo`.
+      kernels: calls of Pallas kernels in the program's text (attention, grouped products).
+      lower_seconds, compile_seconds: tracing and lowering; the compiler.
+    """
+
+    step: str
+    arguments_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    aliased_bytes: int
+    peak_bytes: int
+    flops: float
+    bytes_accessed: float
+    cycles: float | None
+    collectives: tuple[Collective, ...]
+    kernels: int
+    lower_seconds: float
+    compile_seconds: float
+
+
+def compile_step(config: Config, slice_: Slice, sizes: dict[str, int], step: str = "train",
+                 say: Callable[[str], None] | None = None) -> CompiledStep:
+    """Compiles one step for the slice; minutes for large models.
+
+    Args:
+      sizes: of the mesh axes (:func:`moe_jax.sharding.resolve_mesh` with ``slice_.devices``).
+      step: 'train': one optimizer step on ``data.batch_size`` rows; 'prefill': prompts of ``data.sequence_length`` tokens,
+        as many; 'decode': one token more for each, with a full cache of that length.
+      say: told in words what is going on.
+
+    Raises:
+      PlanError: libtpu is not installed, or refuses; OutOfMemory: the program does not fit into a device's memory.
+      ConfigError: the vocabulary's size is not given, or an option cannot be had on TPUs.
+    """
+    if step not in STEPS:
+        raise ValueError(f"step={step!r}: must be one of {', '.join(STEPS)}.")
+    if not config.model.vocab_size:
+        raise ConfigError("model.vocab_size=0: a plan opens no data, so the size of the vocabulary must be given; e.g. "
+                          "32000 for Mixtral's.")
+    say = say or (lambda text: None)
+    devices = tpu_devices(slice_)
+    import jax
+
+    from moe_jax.sharding import make_mesh
+
+    mesh = make_mesh(sizes, devices)
+    with jax.set_mesh(mesh):
+        say(f"tracing the {step} step")
+        start = time.monotonic()
+        lowered = _lowered(config, mesh, step)
+        lowering = time.monotonic() - start
+        say(f"compiling the {step} step for {slice_.name}")
+        start = time.monotonic()
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise _refused(error, slice_) from error
+        compiling = time.monotonic() - start
+    say("reading the compiled program")
+    return _read(program, mesh, step, lowering, compiling)
+
+
+def _lowered(config, mesh, step):
+    """The step's program before compilation; ``mesh`` is in context."""
+    from moe_jax.inference import generate
+    from moe_jax.training.state import abstract_state
+    from moe_jax.training.step import jitted_train_step
+
+    vocab_size = config.model.vocab_size
+    state = abstract_state(config, vocab_size, mesh)
+    if step == "train":
+        return jitted_train_step(config, vocab_size).lower(state, abstract_batch(config, mesh))
+    return generate.lowered(step, config, vocab_size, state["params"], state["router_bias_LE"], config.data.batch_size,
+                            config.data.sequence_length)
+
+
+def abstract_batch(config: Config, mesh: Any) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of a training batch (:mod:`moe_jax.data.batches`)."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe_jax.data.batches import PADDING
+    from moe_jax.sharding import batch_sharding
+
+    shape = (config.data.batch_size, config.data.sequence_length)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "valid" else jnp.int32, sharding=batch_sharding(mesh))
+            for name in PADDING}
+
+
+_SIZE = r"([\d.]+)([KMGT]?)"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _refused(error, slice_):
+    """The compiler's error in one line, for people."""
+    text = " ".join(str(error).split())
+    if not text.startswith("RESOURCE_EXHAUSTED"):
+        return PlanError(f"The compiler for {slice_.name} refuses the program: {text[:600]}")
+    found = (re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", text)
+             or re.search(rf"Used {_SIZE} of {_SIZE} hbm", text))
+    needed, available = None, None
+    if found:
+        needed, available = (int(float(number) * _UNITS[unit]) for number, unit in
+                             (found.group(1, 2), found.group(3, 4)))
+    how = f"{needed / 2**30:.1f} GiB of {available / 2**30:.1f} GiB" if found else text[:300]
+    return OutOfMemory(f"The program does not fit into the memory of one device of {slice_.name}: {how}.", needed, available)
+
+
+def _read(program, mesh, step, lowering, compiling):
+    memory, cost, text = program.memory_analysis(), program.cost_analysis() or {}, program.as_text()
+    return CompiledStep(
+        step=step, arguments_bytes=memory.argument_size_in_bytes, output_bytes=memory.output_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes, aliased_bytes=memory.alias_size_in_bytes,
+        peak_bytes=(memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+                    + memory.temp_size_in_bytes),
+        flops=cost.get("flops", 0.0), bytes_accessed=cost.get("bytes accessed", 0.0), cycles=estimated_cycles(text),
+        collectives=collectives(text, mesh), kernels=text.count('custom_call_target="tpu_custom_call"'),
+        lower_seconds=lowering, compile_seconds=compiling)
