@@ -96,7 +96,7 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             divides(f"moe.expert_widths={moe.expert_widths!r}: the count of width {width}", count, "expert")
             divides(f"moe.expert_widths={moe.expert_widths!r}: width", width, "tensor")
     else:
-        divides("moe.num_experts", moe.num_experts, "expert")
+        divides("moe.expert_copies" if moe.expert_copies else "moe.num_experts", moe.num_copies, "expert")
     if not moe.expert_widths or moe.num_shared_experts:
         divides("moe.d_ff", moe.d_ff, "tensor")
     sequences = config.sequences_per_group
@@ -165,11 +165,12 @@ def varying_like(value: jax.Array, *others: jax.Array) -> jax.Array:
 
     A loop carry needs one type; and the gradient of a replicated weight so marked is summed over those devices.
     """
-    axes = frozenset().union(*map(_varying_axes, others)) - _varying_axes(value)
+    axes = frozenset().union(*map(varying_axes, others)) - varying_axes(value)
     return jax.lax.pcast(value, tuple(axes), to="varying") if axes else value
 
 
-def _varying_axes(x: jax.Array) -> frozenset[str]:
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Under ``jax.shard_map``: the mesh axes along which ``x`` may differ between devices."""
     kind = jax.typeof(x)
     # Renamed between JAX 0.10 and 0.12.
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
@@ -196,6 +197,14 @@ def lowering_platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
+def concrete_mesh() -> jax.sharding.Mesh | None:
+    """The mesh in context with its devices, also while a program is traced; None without one."""
+    from jax._src.mesh import get_concrete_mesh  # jax.sharding.get_mesh refuses while tracing
+
+    mesh = get_concrete_mesh()
+    return None if mesh is None or mesh.empty else mesh
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Where a batch ``[B, ...]`` lies."""
     return NamedSharding(mesh, P(TOKEN_AXES))
@@ -203,7 +212,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 # Small parameters every device needs whole.
 REPLICATED_PARAMETERS = ("w_router_DE", "w_router_noise_DE", "w_router_group_DX", "w_router_group_noise_DX", "w_constant_DJA",
-                         "constant_JD", "w_value_D", "b_value", "scale_D")
+                         "constant_JD", "w_value_D", "b_value", "scale_D", "copies_EJ")
 
 
 def parameter_spec(name: str, dimensions: int) -> P:

@@ -9,12 +9,16 @@ with ``expert(products, weights, x)`` an expert function (:mod:`moe_jax.dispatch
 which assignments were computed. All agree with ``reference`` in value and gradient for every list of assignments.
 """
 
+import dataclasses
 import functools
 from typing import Callable
 
+from moe_jax.config import ConfigError
 from moe_jax.dispatch.capacity import by_einsum, by_gather
 from moe_jax.dispatch.dropless import dropless
+from moe_jax.dispatch.expert_parallel import Exchange, exchanges_ragged, expert_devices
 from moe_jax.dispatch.reference import reference
+from moe_jax.sharding import lowering_platform
 
 DISPATCHERS = {
     "reference": reference,
@@ -24,7 +28,23 @@ DISPATCHERS = {
 }
 
 
-def dispatcher(name: str, grouped_matmul: str = "auto") -> Callable:
-    """The dispatcher of that name; ``grouped_matmul`` says who multiplies where rows are sorted by expert."""
-    found = DISPATCHERS[name]
-    return functools.partial(found, grouped_matmul=grouped_matmul) if found is dropless else found
+def dispatcher(name: str, grouped_matmul: str = "auto", expert_parallelism: str = "compiler", row_exchange: str = "auto",
+               row_exchange_factor: float = 2.0) -> Callable:
+    """The dispatcher of that name, with ``moe.grouped_matmul`` and the other options of :class:`moe_jax.config.MoEConfig`
+    that say who multiplies and how rows travel between devices.
+
+    Raises:
+      ConfigError: ``row_exchange='ragged'`` where the devices of the mesh in context have no ragged all-to-all.
+    """
+    if name == "reference":
+        return reference
+    if name != "dropless":
+        return dataclasses.replace(DISPATCHERS[name], expert_parallelism=expert_parallelism)
+    exchange = None
+    if expert_parallelism != "none" and expert_devices() > 1:
+        ragged = row_exchange != "padded" and exchanges_ragged()
+        if row_exchange == "ragged" and not ragged:
+            raise ConfigError(f"moe.row_exchange='ragged': XLA has no ragged all-to-all for {lowering_platform()}; set it to "
+                              f"'padded', or 'auto'.")
+        exchange = Exchange(ragged, row_exchange_factor)
+    return functools.partial(dropless, grouped_matmul=grouped_matmul, exchange=exchange)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.dispatch.blocks import equal_blocks, experts_by_blocks
+from moe_jax.dispatch.expert_parallel import exchange_buffers, on_every_device, return_buffers
 from moe_jax.dispatch.permutation import inverse, places_to_tokens, tokens_to_places
 from moe_jax.dispatch.products import BatchedProducts, ExpertFunction
 from moe_jax.routing.assignment import Routing, assign_slots
@@ -70,57 +71,79 @@ def _one_hot(token_N, place_N, gate_N, tokens, places):
 class CapacityDispatcher:
     """Fill buffers, bring every expert its tokens, compute, bring them back, empty.
 
-    The exchange is left to the compiler: the buffers are constrained on *both* sides of it, group-sharded and then
-    expert-sharded, and XLA inserts exactly one all-to-all each way (constraining one side only gives all-gathers).
+    ``expert_parallelism`` says who brings them:
+      ``'compiler'``: the buffers are constrained on *both* sides of the exchange, group-sharded and then expert-sharded,
+        and XLA inserts exactly one all-to-all each way (constraining one side only gives all-gathers).
+      ``'shard_map'``: ``jax.lax.all_to_all``, written out.
+      ``'none'``: nobody: every device gathers all experts' weights and keeps its tokens.
     """
 
     fill: Callable[..., jax.Array]
     empty: Callable[..., jax.Array]
+    expert_parallelism: str = "compiler"
 
     def __call__(self, x_GTD: jax.Array, routing_G: Routing, expert: ExpertFunction, weights: Any, num_experts: int,
                  capacity: int) -> tuple[jax.Array, jax.Array]:
         """See :data:`moe_jax.dispatch.DISPATCHERS`."""
-        def send(x_TD, routing):
-            place_N, kept_N = buffer_places(routing, num_experts, capacity)
-            return self.fill(x_TD, routing, place_N, num_experts, capacity), place_N, kept_N
+        place_GN, kept_GN = over_groups(lambda routing: buffer_places(routing, num_experts, capacity), routing_G)
+        fill = functools.partial(self.fill, num_experts=num_experts, capacity=capacity)
+        empty = functools.partial(self.empty, tokens=x_GTD.shape[1])
+        if self.expert_parallelism == "compiler":
+            return self._by_compiler(x_GTD, routing_G, place_GN, expert, weights, fill, empty), kept_GN
+        exchanged = self.expert_parallelism == "shard_map"
 
-        buffer_GECD, place_GN, kept_GN = over_groups(send, x_GTD, routing_G)
+        def on_device(x_GTD, routing_G, place_GN, weights):
+            buffer_GECD = jax.vmap(fill)(x_GTD, routing_G, place_GN)
+            if exchanged:
+                buffer_GECD = exchange_buffers(buffer_GECD)
+            buffer_GECD = _experts_first(buffer_GECD, functools.partial(_local_experts, expert=expert, weights=weights))
+            if exchanged:
+                buffer_GECD = return_buffers(buffer_GECD)
+            return jax.vmap(empty)(buffer_GECD, routing_G, place_GN)
+
+        return on_every_device(on_device, (x_GTD, routing_G, place_GN), weights, split_experts=exchanged), kept_GN
+
+    def _by_compiler(self, x_GTD, routing_G, place_GN, expert, weights, fill, empty):
+        buffer_GECD = over_groups(fill, x_GTD, routing_G, place_GN)
         # [G_(data,fsdp,expert), E, C, D] -> all-to-all over expert -> [G_(data,fsdp), E_expert, C, D]
         buffer_GECD = jax.reshard(buffer_GECD, spec("GECD", EXPERT_BUFFERS))
-        buffer_GECD = _experts_first(buffer_GECD, expert, weights)
+        buffer_GECD = _experts_first(buffer_GECD, functools.partial(_sharded_experts, expert=expert, weights=weights),
+                                     EXPERT_BUFFERS)
         # [G_(data,fsdp), E_expert, C, D] -> all-to-all over expert -> [G_(data,fsdp,expert), E, C, D]
         buffer_GECD = jax.reshard(buffer_GECD, spec("GECD", {"G": ACTIVATIONS["G"]}))
-        receive = functools.partial(self.empty, tokens=x_GTD.shape[1])
-        return over_groups(receive, buffer_GECD, routing_G, place_GN), kept_GN
+        return over_groups(empty, buffer_GECD, routing_G, place_GN)
 
 
-def _experts_first(buffer_GECD, expert, weights):
+def _experts_first(buffer_GECD, compute, table=None):
     """Every expert on its slots of all groups, as one product per expert: [G, E, C, D] -> [E, G·C, D] and back.
 
     The transposition is local. XLA on CPU would otherwise copy the operands of each of the nine products it serves.
+    ``table``: where the dimensions lie; None where the code sees one device.
     """
     groups, num_experts, capacity, width = buffer_GECD.shape
-    x_ETD = jnp.swapaxes(buffer_GECD, 0, 1).reshape(num_experts, groups * capacity, width,
-                                                    out_sharding=spec("ETD", EXPERT_BUFFERS))
-    y_ETD = _by_blocks(x_ETD, expert, weights) if _prefers_blocks() else expert(
-        BatchedProducts(EXPERT_BUFFERS), weights, x_ETD)
-    y_EGCD = y_ETD.reshape(num_experts, groups, capacity, width, out_sharding=spec("EGCD", EXPERT_BUFFERS))
+    lies = lambda letters: {} if table is None else {"out_sharding": spec(letters, table)}
+    x_ETD = jnp.swapaxes(buffer_GECD, 0, 1).reshape(num_experts, groups * capacity, width, **lies("ETD"))
+    y_EGCD = compute(x_ETD).reshape(num_experts, groups, capacity, width, **lies("EGCD"))
     return jnp.swapaxes(y_EGCD, 0, 1)
 
 
-def _prefers_blocks() -> bool:
-    """A CPU does one expert after the other, whole, while its activations are in the cache. Not with F over ``tensor``:
-    there an expert's last product is a sum over devices."""
+def _local_experts(x_ETD, expert, weights):
+    """The experts of one device. A CPU does one after the other, whole, while its activations are in the cache."""
+    if lowering_platform() != "cpu":
+        return expert(BatchedProducts(), weights, x_ETD)
+    num_experts, rows, width = x_ETD.shape
+    y_PD = experts_by_blocks(expert, weights, x_ETD.reshape(-1, width), None, None, equal_blocks(num_experts, rows))
+    return y_PD.reshape(x_ETD.shape)
+
+
+def _sharded_experts(x_ETD, expert, weights):
+    """The experts of all devices. Where F lies on ``tensor`` the last product is a sum over devices, left to XLA."""
     mesh = jax.sharding.get_abstract_mesh()
-    return lowering_platform() == "cpu" and not mesh.empty and mesh.shape["tensor"] == 1
+    if lowering_platform() != "cpu" or mesh.empty or mesh.shape["tensor"] > 1:
+        return expert(BatchedProducts(EXPERT_BUFFERS), weights, x_ETD)
 
-
-def _by_blocks(x_ETD, expert, weights):
     def on_device(x_ETD, weights):
-        num_experts, rows, width = x_ETD.shape
-        weights = jax.tree.map(lambda leaf: varying_like(leaf, x_ETD), weights)
-        y_PD = experts_by_blocks(expert, weights, x_ETD.reshape(-1, width), None, None, equal_blocks(num_experts, rows))
-        return y_PD.reshape(x_ETD.shape)
+        return _local_experts(x_ETD, expert, jax.tree.map(lambda leaf: varying_like(leaf, x_ETD), weights))
 
     rows, experts = (without_single_axes(spec(letters, EXPERT_BUFFERS)) for letters in ("ETD", "E"))
     weights = jax.tree.map(lambda leaf: jax.reshard(leaf, experts), weights)

@@ -1,24 +1,25 @@
 """Sort, grouped matmul, unsort: every assignment is computed, none is padded to a capacity (Gale et al. 2022)."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.dispatch.blocks import cut_into_blocks, experts_by_blocks
+from moe_jax.dispatch.expert_parallel import Exchange, expert_devices, on_every_device, through_exchange
 from moe_jax.dispatch.grouped_matmul import choose
 from moe_jax.dispatch.permutation import by_token, inverse, places_to_tokens, token_of_places, tokens_to_places
 from moe_jax.dispatch.products import ExpertFunction, GroupedProducts
 from moe_jax.routing.assignment import Routing, assignments_per_expert, sorted_by_expert
-from moe_jax.sharding import per_device
 
 
 def dropless(x_GTD: jax.Array, routing_G: Routing, expert: ExpertFunction, weights: Any, num_experts: int,
-             capacity: int, *, grouped_matmul: str = "auto") -> tuple[jax.Array, jax.Array]:
+             capacity: int, *, grouped_matmul: str = "auto", exchange: Exchange | None = None) -> tuple[jax.Array, jax.Array]:
     """As the reference, at the cost of the chosen experts only. Groups play no part: a device's tokens are one list.
 
-    Across devices tokens stay where they are and every device gathers all experts' weights
-    ([E_expert, D, F] -> all-gather -> [E, D, F]): right on any mesh, dear for large experts.
+    Across devices every row travels to its expert's device and back (``exchange``), or, without, tokens stay where they
+    are and every device gathers all experts' weights ([E_expert, D, F] -> all-gather -> [E, D, F]).
 
     ``grouped_matmul`` names who multiplies (:func:`moe_jax.dispatch.grouped_matmul.grouped_matmul`). Where that is the
     portable one, experts are computed whole, block by block; a library's kernel is called product by product.
@@ -26,18 +27,23 @@ def dropless(x_GTD: jax.Array, routing_G: Routing, expert: ExpertFunction, weigh
     See :data:`moe_jax.dispatch.DISPATCHERS`.
     """
     del capacity
+    exchanged = exchange is not None and expert_devices() > 1
+
+    def here(x_TD, routing, weights):
+        by_blocks = _all_portable(grouped_matmul, x_TD, routing, weights)
+        compute = _by_blocks if by_blocks else functools.partial(_by_products, grouped_matmul=grouped_matmul)
+        return compute(x_TD, routing, expert, weights, jax.tree.leaves(weights)[0].shape[0])
 
     def on_device(x_GTD, routing_G, weights):
         groups, tokens, width = x_GTD.shape
-        routing = _one_list(routing_G, groups, tokens)
-        x_TD = x_GTD.reshape(-1, width)
-        if _all_portable(grouped_matmul, x_TD, routing, weights):
-            y_TD = _by_blocks(x_TD, routing, expert, weights, num_experts)
+        routing, x_TD = _one_list(routing_G, groups, tokens), x_GTD.reshape(-1, width)
+        if exchanged:
+            y_TD = through_exchange(x_TD, routing, weights, num_experts, here, exchange)
         else:
-            y_TD = _by_products(x_TD, routing, expert, weights, num_experts, grouped_matmul)
+            y_TD = here(x_TD, routing, weights)
         return y_TD.astype(x_GTD.dtype).reshape(x_GTD.shape)
 
-    y_GTD = per_device(on_device, x_GTD, routing_G, replicated=(weights,))
+    y_GTD = on_every_device(on_device, (x_GTD, routing_G), weights, split_experts=exchanged)
     return y_GTD, routing_G.expert_N < num_experts
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from moe_jax.config import Config, MoEConfig
 from moe_jax.dispatch import dispatcher
 from moe_jax.dispatch.grouped_matmul import choose
+from moe_jax.dispatch.placement import round_copies, to_copies
 from moe_jax.nn.experts import Experts
 from moe_jax.nn.initializers import normal
 from moe_jax.nn.mlp import MLP
@@ -24,7 +25,7 @@ from moe_jax.sharding import ACTIVATIONS, over_groups, per_device, spec
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(),
-                   data_fields=("router", "kept_GE", "routing_G", "kept_GN", "policy_BS"))
+                   data_fields=("router", "kept_GE", "routing_G", "kept_GN", "policy_BS", "copies_GP"))
 @dataclasses.dataclass(frozen=True)
 class MoEStatistics:
     """What one layer reports beside its output; a scan over layers stacks it.
@@ -35,6 +36,7 @@ class MoEStatistics:
       kept_GE: choices each expert really computed, after drops.
       routing_G, kept_GN: every assignment and whether it was computed; None unless asked for (``record``).
       policy_BS: per token, of a router that is a policy in training, else None.
+      copies_GP: choices each copy of an expert really computed; None without ``moe.expert_copies``.
     """
 
     router: RouterStatistics
@@ -42,6 +44,7 @@ class MoEStatistics:
     routing_G: Routing | None = None
     kept_GN: jax.Array | None = None
     policy_BS: PolicyTerms | None = None
+    copies_GP: jax.Array | None = None
 
 
 # Dispatchers that compute every assignment.
@@ -129,6 +132,9 @@ class MoELayer(nnx.Module):
             rows_ND, weight_EDF = (jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
                                    for shape in ((1, model.d_model), (count, model.d_model, width)))
             choose(moe.grouped_matmul, rows_ND, weight_EDF)
+        if moe.expert_copies:
+            # Given by moe_jax.training.rearrange.with_copies, with the weights of the copies.
+            self.copies_EJ = nnx.Param(jnp.asarray(round_copies(moe.num_experts, moe.expert_copies)))
         if moe.num_shared_experts:
             # n shared experts side by side are one FFN of n times the width.
             self.shared = MLP(model.d_model, moe.num_shared_experts * moe.d_ff, moe.activation, model.init_scale, rngs,
@@ -180,32 +186,51 @@ class MoELayer(nnx.Module):
             listed_G = over_groups(functools.partial(within_device_budget, moe=moe), listed_G, valid_GT, undropped_GT)
         if moe.second_in_queue and mode.dispatch in WITHOUT_DROPS:  # no buffers, no queues
             listed_G = dataclasses.replace(listed_G, expert_N=jnp.minimum(listed_G.expert_N, moe.num_routed_experts))
-        y_GTD, kept_GN = self._experts(x_GTD, listed_G, dispatcher(mode.dispatch, moe.grouped_matmul), capacity)
+        if moe.expert_copies:
+            listed_G = self._to_copies(listed_G)
+        dispatch = dispatcher(mode.dispatch, moe.grouped_matmul, moe.expert_parallelism, moe.row_exchange,
+                              moe.row_exchange_factor)
+        y_GTD, kept_GN = self._experts(x_GTD, listed_G, dispatch, capacity)
         y_BSD = groups.join(y_GTD)
         if moe.num_shared_experts:
             y_BSD = y_BSD + self.shared(x_BSD)
         kept_GE = over_groups(functools.partial(_count, num_experts=moe.num_routed_experts), routing_G.expert_N, kept_GN)
         statistics = MoEStatistics(self._in_scope(routing_G.statistics, groups, segment_ids_BS), kept_GE,
                                    policy_BS=policy_BS)
+        if moe.expert_copies:
+            count = functools.partial(_count, num_experts=moe.expert_copies)
+            statistics = dataclasses.replace(statistics, copies_GP=over_groups(count, listed_G.expert_N, kept_GN))
         if mode.record:
             statistics = dataclasses.replace(
                 statistics, routing_G=dataclasses.replace(routing_G, statistics=None), kept_GN=kept_GN)
         return y_BSD, statistics
 
+    def _to_copies(self, routing_G):
+        """The lists with copies in the place of experts; the g-th group begins with the g-th copy of each."""
+        moe = self.config.moe
+
+        def local(routing_G, number_G, copies_EJ):
+            one = lambda routing, number: to_copies(routing, copies_EJ, moe.expert_copies, moe.num_routed_experts, number)
+            return jax.vmap(one)(routing_G, number_G)
+
+        number_G = jnp.arange(routing_G.expert_N.shape[0], dtype=jnp.int32)
+        return per_device(local, routing_G, number_G, replicated=(self.copies_EJ[...],))
+
     def _experts(self, x_GTD, routing_G, dispatch, capacity):
         """The routed experts' part of the output and which assignments were computed, class by class: experts of one
         width are dispatched together, those without computation not at all."""
         moe, first = self.config.moe, 0
+        total = moe.num_copies + moe.num_zero_computation
         y_GTD, kept_GN = jnp.zeros_like(x_GTD), jnp.zeros_like(routing_G.expert_N, bool)
         for experts, (_, count) in zip(self.experts if moe.expert_widths else [self.experts], moe.width_classes):
-            part_G = part_of(routing_G, first, count, moe.num_routed_experts)
+            part_G = part_of(routing_G, first, count, total)
             y, kept = dispatch(x_GTD, part_G, experts.function, experts.weights(x_GTD.dtype), count, capacity)
-            if count == moe.num_routed_experts:
+            if count == total:
                 return y, kept
             y_GTD, kept_GN, first = y_GTD + y, kept_GN | kept, first + count
         if moe.num_zero_computation:
             y_GTD = y_GTD + self.zero_computation(x_GTD, routing_G)
-            kept_GN |= (routing_G.expert_N >= first) & (routing_G.expert_N < moe.num_routed_experts)
+            kept_GN |= (routing_G.expert_N >= first) & (routing_G.expert_N < total)
         return y_GTD, kept_GN
 
     def _in_scope(self, statistics_G, groups, segment_ids_BS):
