@@ -11,7 +11,8 @@ import time
 from typing import Any, Callable
 
 from moe_jax.config import Config, ConfigError
-from moe_jax.planning.hlo import Collective, collectives, estimated_cycles
+from moe_jax.planning.hlo import Collective, collectives
+from moe_jax.planning.program import estimated_cycles
 from moe_jax.planning.slices import PlanError, Slice, tpu_devices
 
 STEPS = ("train", "prefill", "decode")
