@@ -9,6 +9,7 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from moe_jax.config import Config, ConfigError, nearest_divisors, nearest_multiples
@@ -58,8 +59,8 @@ def resolve_mesh(config: Config, num_devices: int) -> dict[str, int]:
         raise ConfigError(
             f"mesh {_product(sizes)} = {math.prod(sizes.values())} does not match {num_devices} devices; with "
             f"fsdp={mesh.fsdp} and tensor={mesh.tensor}, mesh.data x mesh.expert must be {free} (nearest legal "
-            f"mesh.data: {nearest_divisors(data, free)}; mesh.expert: {nearest_divisors(expert, free)}; mesh.data=0 "
-            f"fills in the rest).")
+            f"mesh.data: {nearest_divisors(data, free)}; mesh.expert: "
+            f"{nearest_divisors(expert, _common_divisor(config, 'expert', free))}; mesh.data=0 fills in the rest).")
     _check_divisible(config, sizes)
     return sizes
 
@@ -68,20 +69,40 @@ def _product(sizes: dict[str, int]) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
+def _sharded_dimensions(config: Config) -> list[tuple[str, int, str]]:
+    """(setting, its value, the mesh axis that has to divide it)."""
+    model, moe = config.model, config.moe
+    found = [("model.d_model", model.d_model, "fsdp"), ("model.num_heads", model.num_heads, "tensor"),
+             ("model.num_kv_heads", model.num_kv_heads, "tensor"), ("model.d_ff", model.d_ff, "tensor"),
+             ("model.vocab_size", model.vocab_size, "tensor")]
+    if moe.is_dense:
+        return found
+    if moe.expert_widths:
+        for width, count in moe.width_classes:
+            found += [(f"moe.expert_widths={moe.expert_widths!r}: the count of width {width}", count, "expert"),
+                      (f"moe.expert_widths={moe.expert_widths!r}: width", width, "tensor")]
+    else:
+        found.append(("moe.expert_copies" if moe.expert_copies else "moe.num_experts", moe.num_copies, "expert"))
+    if not moe.expert_widths or moe.num_shared_experts:
+        found.append(("moe.d_ff", moe.d_ff, "tensor"))
+    return found
+
+
+def _common_divisor(config: Config, axis: str, devices: int) -> int:
+    """The largest size of a mesh axis that divides ``devices`` and all that lies on it; its divisors do too."""
+    return math.gcd(devices, *(value for _, value, where in _sharded_dimensions(config) if where == axis))
+
+
 def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
     """Refuses a mesh over which a sharded dimension does not divide evenly."""
-    model, moe = config.model, config.moe
-
-    def divides(key, value, axis):
+    for key, value, axis in _sharded_dimensions(config):
         if value % sizes[axis]:
+            # What another size leaves over goes to `data`.
+            common = _common_divisor(config, axis, sizes["data"] * sizes[axis])
+            rest = " (mesh.data=0 fills in the rest)" if config.mesh.data else ""
             raise ConfigError(f"{key}={value} does not divide over mesh.{axis}={sizes[axis]}; nearest legal values of "
                               f"{key}: {nearest_multiples(value, sizes[axis])}; of mesh.{axis}: "
-                              f"{nearest_divisors(sizes[axis], value)}.")
-
-    divides("model.d_model", model.d_model, "fsdp")
-    for key, value in (("model.num_heads", model.num_heads), ("model.num_kv_heads", model.num_kv_heads),
-                       ("model.d_ff", model.d_ff), ("model.vocab_size", model.vocab_size)):
-        divides(key, value, "tensor")
+                              f"{nearest_divisors(sizes[axis], common)}{rest}.")
     token_shards = math.prod(sizes[axis] for axis in TOKEN_AXES)
     microbatch = config.data.batch_size // config.training.microbatches
     if microbatch % token_shards:
@@ -89,30 +110,43 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             f"data.batch_size={config.data.batch_size} in training.microbatches={config.training.microbatches} gives "
             f"{microbatch} sequences, which do not divide over data x fsdp x expert = {token_shards} devices; nearest "
             f"legal data.batch_size: {nearest_multiples(config.data.batch_size, token_shards * config.training.microbatches)}.")
-    if moe.is_dense:
-        return
-    if moe.expert_widths:
-        for width, count in moe.width_classes:
-            divides(f"moe.expert_widths={moe.expert_widths!r}: the count of width {width}", count, "expert")
-            divides(f"moe.expert_widths={moe.expert_widths!r}: width", width, "tensor")
-    else:
-        divides("moe.expert_copies" if moe.expert_copies else "moe.num_experts", moe.num_copies, "expert")
-    if not moe.expert_widths or moe.num_shared_experts:
-        divides("moe.d_ff", moe.d_ff, "tensor")
     sequences = config.sequences_per_group
-    if (microbatch // token_shards) % sequences:
+    if not config.moe.is_dense and (microbatch // token_shards) % sequences:
         raise ConfigError(
-            f"moe.group_size={moe.group_size} spans {sequences} sequences, but each of the {token_shards} token shards "
-            f"(mesh data x fsdp x expert) holds {microbatch // token_shards}; a group must lie on one shard. Nearest "
-            f"legal numbers of sequences: {nearest_divisors(sequences, microbatch // token_shards)}.")
+            f"moe.group_size={config.moe.group_size} spans {sequences} sequences, but each of the {token_shards} token "
+            f"shards (mesh data x fsdp x expert) holds {microbatch // token_shards}; a group must lie on one shard. "
+            f"Nearest legal numbers of sequences: {nearest_divisors(sequences, microbatch // token_shards)}.")
 
 
-def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The explicit mesh of :func:`resolve_mesh`'s sizes; pass it to ``jax.set_mesh``."""
-    if devices is None:
-        devices = jax.devices()[: math.prod(sizes.values())]
-    return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES),
-                         devices=devices)
+def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None,
+              slice_axis: str = "data") -> jax.sharding.Mesh:
+    """The explicit mesh of :func:`resolve_mesh`'s sizes; pass it to ``jax.set_mesh``.
+
+    Neighbours along ``tensor``, then ``expert``, then ``fsdp`` are laid next to each other in the torus of a TPU slice.
+    Several slices, which only the data centre's network joins, divide the axis ``slice_axis``; along ``data``, gradients
+    alone go between them.
+
+    Raises:
+      ConfigError: that axis does not divide over the slices.
+    """
+    count = math.prod(sizes.values())
+    devices = jax.devices()[:count] if devices is None else list(devices)
+    shape = tuple(sizes[axis] for axis in AXES)
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    # Split: an axis may be a part of one side of the torus, as is 8 of 4x4x4. (jax.make_mesh refuses that on v4 and v5p.)
+    if slices == 1:
+        places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif sizes[slice_axis] % slices:
+        others = " or ".join(repr(axis) for axis in AXES if sizes[axis] % slices == 0)
+        raise ConfigError(f"mesh.{slice_axis}={sizes[slice_axis]} does not divide over {slices} slices, and no other axis "
+                          f"reaches from slice to slice; nearest legal values: "
+                          f"{nearest_multiples(sizes[slice_axis], slices)}"
+                          f"{f'; or mesh.slice_axis={others}' if others else ''}.")
+    else:
+        across = tuple(slices if axis == slice_axis else 1 for axis in AXES)
+        inside = tuple(size // number for size, number in zip(shape, across))
+        places = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(places, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def gathered(weight: jax.Array, letters: str, dtype: jnp.dtype) -> jax.Array:
@@ -208,6 +242,18 @@ def concrete_mesh() -> jax.sharding.Mesh | None:
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Where a batch ``[B, ...]`` lies."""
     return NamedSharding(mesh, P(TOKEN_AXES))
+
+
+def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[slice]:
+    """The rows of a batch that lie on this process's devices, as consecutive ranges, rising; one for a single process."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    ranges: list[slice] = []
+    for first, last in sorted({index[0].indices(batch_size)[:2] for index in indices}):
+        if ranges and ranges[-1].stop == first:
+            ranges[-1] = slice(ranges[-1].start, last)
+        else:
+            ranges.append(slice(first, last))
+    return ranges
 
 
 # Small parameters every device needs whole.
