@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.dispatch.permutation import inverse, places_to_tokens, tokens_to_places
 from moe_jax.routing.assignment import Routing, assign_slots, assignments_per_expert
-from moe_jax.sharding import TOKEN_AXES, concrete_mesh, varying_axes, varying_like, without_single_axes
+from moe_jax.sharding import TOKEN_AXES, concrete_mesh, lowering_platform, varying_axes, varying_like, without_single_axes
 
 AXIS = "expert"
 
@@ -80,6 +80,33 @@ def return_buffers(buffer_GeCD: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class Peers:
+    """Devices along the axis ``expert`` that exchange with one another; P of them.
+
+    Attributes:
+      size: P.
+      groups: numbers of the devices that do, group by group; None: all on the axis.
+    """
+
+    size: int
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    def number(self) -> jax.Array:
+        """Of this device in its group."""
+        number = jax.lax.axis_index(AXIS)
+        if self.groups is None:
+            return number
+        numbers = {device: place for group in self.groups for place, device in enumerate(group)}
+        return jnp.array([numbers[device] for device in sorted(numbers)], jnp.int32)[number]
+
+    def exchange(self, x_P: jax.Array) -> jax.Array:
+        """The P equal parts of ``x_P`` to the P devices.  [P·m, ...] -> all-to-all -> [P·m, ...]."""
+        if self.size == 1:
+            return x_P
+        return jax.lax.all_to_all(x_P, AXIS, 0, 0, tiled=True, axis_index_groups=self.groups)
+
+
+@dataclasses.dataclass(frozen=True)
 class Exchange:
     """How rows travel where there is no capacity (``dispatch='dropless'``).
 
@@ -90,14 +117,19 @@ class Exchange:
     Attributes:
       ragged: send the rows that there are (``jax.lax.ragged_all_to_all``) instead of C to everyone.
       factor: of a balanced load.
+      nodes: equal runs of devices; above 1 a token goes to each node at most once (:mod:`moe_jax.dispatch.two_level`).
+      nodes_per_token: how many nodes a token's choices reach at most, if routing limits that; 0: any number.
     """
 
     ragged: bool
     factor: float = 2.0
+    nodes: int = 1
+    nodes_per_token: int = 0
 
 
 def through_exchange(x_TD: jax.Array, routing: Routing, weights: Any, num_experts: int,
-                     compute: Callable[[jax.Array, Routing, Any], jax.Array], how: Exchange) -> jax.Array:
+                     compute: Callable[[jax.Array, Routing, Any], jax.Array], how: Exchange, peers: Peers | None = None,
+                     load: int | None = None) -> jax.Array:
     """Every assignment's row to the device of its expert, through ``compute`` there, and back: ``[T, D]`` in fp32.
 
     Args:
@@ -105,19 +137,29 @@ def through_exchange(x_TD: jax.Array, routing: Routing, weights: Any, num_expert
       weights: of this device's e experts.
       compute: ``compute(x_RD, routing, weights) -> y_RD``, rows through this device's experts; the list it is given has
         one assignment for each row, e (nowhere) for rows that hold none.
+      peers: the devices that hold the experts; None: all along the axis.
+      load: how many assignments a device has that go anywhere, on average; None: all of the list.
     """
-    devices = expert_devices()
+    peers = peers or Peers(expert_devices())
+    devices = peers.size
     assignments = routing.expert_N.shape[0]
     # A token meets an expert once: more than T·e rows never go to one device.
     most = min(assignments, x_TD.shape[0] * (num_experts // devices))
-    rows = min(most, 8 * math.ceil(how.factor * assignments / devices / 8))
-    plan = _plan(routing.expert_N, num_experts, devices)
-    one_round = functools.partial(_ragged_round if how.ragged else _padded_round, rows=rows, compute=compute)
-    y_TD = one_round(0, x_TD, routing, weights, plan)
+    rows = min(most, 8 * math.ceil(how.factor * (load or assignments) / devices / 8))
+    plan = _plan(routing.expert_N, num_experts, peers)
+    ragged = how.ragged and devices > 1
+    one_round = functools.partial(_ragged_round if ragged else _padded_round, rows=rows, peers=peers, compute=compute)
+    return in_rounds(one_round, rows, most, jnp.max(plan.size_P), x_TD, routing, weights, plan)
+
+
+def in_rounds(one_round: Callable[..., jax.Array], rows: int, most: int, fullest: jax.Array, x_TD: jax.Array,
+              *operands: Any) -> jax.Array:
+    """The sum of ``one_round(number, x_TD, *operands)`` over as many rounds of ``rows`` rows as the fullest pair of devices
+    anywhere needs. ``fullest``: the rows of this device's fullest pair, of which there can be ``most``."""
+    y_TD = one_round(0, x_TD, *operands)
     if rows == most:
         return y_TD
     # The same number on every device, or some would wait for an exchange that others do not take part in.
-    fullest = jnp.max(plan.size_P)
     rounds = (jax.lax.pmax(fullest, tuple(varying_axes(fullest))) + rows - 1) // rows
 
     def skip(x_TD, *_):
@@ -132,8 +174,29 @@ def through_exchange(x_TD: jax.Array, routing: Routing, weights: Any, num_expert
         step = lambda y_TD, number: (y_TD + a_round(number, *operands), None)
         return jax.lax.scan(step, skip(*operands), jnp.arange(1, -(-most // rows)))[0]
 
+    if lowering_platform() == "cpu":
+        x_TD, y_TD = _one_after_the_other(x_TD, y_TD)
     with jax.named_scope("further_rounds"):
-        return y_TD + jax.lax.cond(rounds > 1, further, skip, x_TD, routing, weights, plan)
+        return y_TD + jax.lax.cond(rounds > 1, further, skip, x_TD, *operands)
+
+
+@jax.custom_vjp
+def _one_after_the_other(x_TD, y_TD):
+    """The same, where x waits for y and, in the backward pass, the gradient of y for that of x.
+
+    XLA on CPU runs a conditional beside what does not depend on it, and two exchanges at once mix up their devices.
+    """
+    return _when_there(y_TD, x_TD), y_TD
+
+
+def _when_there(awaited, x):
+    """x; nobody but us knows that nothing is NaN and 0."""
+    first = awaited.ravel()[0]
+    return jnp.where(jnp.isnan(first) & (first == 0), jnp.nan, x).astype(x.dtype)
+
+
+_one_after_the_other.defvjp(lambda x, y: (_one_after_the_other(x, y), None),
+                            lambda _, d: (d[0], _when_there(d[0], d[1])))
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(),
@@ -159,7 +222,8 @@ class _Plan:
     returned_to_P: jax.Array
 
 
-def _plan(expert_N, num_experts, devices):
+def _plan(expert_N, num_experts, peers):
+    devices = peers.size
     expert_N = jnp.minimum(expert_N, num_experts)
     size_Pe = assignments_per_expert(expert_N, num_experts).reshape(devices, -1)
     start_E = (jnp.cumsum(size_Pe, axis=1) - size_Pe).reshape(-1)
@@ -167,7 +231,7 @@ def _plan(expert_N, num_experts, devices):
     position_N = start_E.at[expert_N].get(mode="fill", fill_value=0) + slot_N
     size_P = jnp.sum(size_Pe, axis=1)
     first_P = jnp.cumsum(size_P) - size_P
-    message_Pm = jax.lax.all_to_all(jnp.concatenate([size_Pe, first_P[:, None]], axis=1), AXIS, 0, 0, tiled=True)
+    message_Pm = peers.exchange(jnp.concatenate([size_Pe, first_P[:, None]], axis=1))
     return _Plan(expert_N // (num_experts // devices), position_N, size_P, message_Pm[:, :-1], first_P, message_Pm[:, -1])
 
 
@@ -183,22 +247,21 @@ def _received(plan, number, rows):
     return Routing(token_N, expert_N, gate_N, None, choices_per_token=1, order="token_major")
 
 
-def _padded_round(number, x_TD, routing, weights, plan, *, rows, compute):
+def _padded_round(number, x_TD, routing, weights, plan, *, rows, peers, compute):
     """``rows`` places for each device, whether filled or not.  [P, rows, D] -> all-to-all -> [P, rows, D]."""
-    devices = plan.size_P.shape[0]
+    devices = peers.size
     position_N = plan.position_N - number * rows
     now_N = (position_N >= 0) & (position_N < rows) & (plan.device_N < devices)
     place_N = jnp.where(now_N, plan.device_N * rows + position_N, devices * rows)
     source_R = inverse(place_N, devices * rows)
-    exchange = lambda x_RD: jax.lax.all_to_all(x_RD, AXIS, 0, 0, tiled=True)
-    x_RD = exchange(tokens_to_places(x_TD, routing, source_R, place_N))
-    y_RD = exchange(compute(x_RD, _received(plan, number, rows), weights).astype(x_TD.dtype))
+    x_RD = peers.exchange(tokens_to_places(x_TD, routing, source_R, place_N))
+    y_RD = peers.exchange(compute(x_RD, _received(plan, number, rows), weights).astype(x_TD.dtype))
     return places_to_tokens(y_RD, routing, source_R, place_N, x_TD.shape[0])
 
 
-def _ragged_round(number, x_TD, routing, weights, plan, *, rows, compute):
+def _ragged_round(number, x_TD, routing, weights, plan, *, rows, peers, compute):
     """The rows that there are.  [N, D] by expert -> ragged all-to-all -> [P, up to rows, D] -> and back to [N, D]."""
-    devices, assignments = plan.size_P.shape[0], routing.expert_N.shape[0]
+    devices, assignments = peers.size, routing.expert_N.shape[0]
     position_N = plan.position_N - number * rows
     now_N = (position_N >= 0) & (position_N < rows) & (plan.device_N < devices)
     first_N = plan.first_P.at[plan.device_N].get(mode="fill", fill_value=0)
@@ -207,17 +270,35 @@ def _ragged_round(number, x_TD, routing, weights, plan, *, rows, compute):
     sent_P = jnp.clip(plan.size_P - number * rows, 0, rows)
     received_P = jnp.clip(jnp.sum(plan.received_Pe, axis=1) - number * rows, 0, rows)
     section_P = jnp.arange(devices, dtype=jnp.int32) * rows
-    mine_P = jnp.full((devices,), jax.lax.axis_index(AXIS) * rows, jnp.int32)
+    mine_P = jnp.full((devices,), peers.number() * rows, jnp.int32)
+    there = plan.first_P + number * rows, sent_P, mine_P, received_P
+    back = section_P, received_P, plan.returned_to_P + number * rows, sent_P
 
-    def zeros(length):
-        return varying_like(jnp.zeros((length, x_TD.shape[1]), x_TD.dtype), x_TD, plan.size_P)
-
-    send = functools.partial(jax.lax.ragged_all_to_all, axis_name=AXIS)
-    x_ND = tokens_to_places(x_TD, routing, source_N, place_N)
-    x_RD = send(x_ND, zeros(devices * rows), plan.first_P + number * rows, sent_P, mine_P, received_P)
+    x_RD = _send(peers, devices * rows, tokens_to_places(x_TD, routing, source_N, place_N), there, back)
     y_RD = compute(x_RD, _received(plan, number, rows), weights).astype(x_TD.dtype)
-    y_ND = send(y_RD, zeros(assignments), section_P, received_P, plan.returned_to_P + number * rows, sent_P)
+    y_ND = _send(peers, assignments, y_RD, back, there)
     return places_to_tokens(y_ND, routing, source_N, place_N, x_TD.shape[0])
+
+
+def _send(peers, places, x_RD, there, back):
+    """x's rows to ``places`` rows of the peers, those that nobody fills being zero.
+
+    ``there``: for each peer the first row and how many, their place over there, and how many come from it. ``back`` is
+    the same for the way back, which the gradient takes: JAX would exchange these numbers once more to find it (and its
+    transpose does not know groups).
+    """
+    return _sent(peers, places, x_RD.shape[0], x_RD, there, back)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sent(peers, places, length, x_RD, there, back):
+    del length, back
+    out_PD = varying_like(jnp.zeros((places, x_RD.shape[1]), x_RD.dtype), x_RD, *there)
+    return jax.lax.ragged_all_to_all(x_RD, out_PD, *there, axis_name=AXIS, axis_index_groups=peers.groups)
+
+
+_sent.defvjp(lambda peers, places, length, x_RD, there, back: (_sent(peers, places, length, x_RD, there, back), (there, back)),
+             lambda peers, places, length, ways, d_PD: (_sent(peers, length, places, d_PD, *ways[::-1]), None, None))
 
 
 def exchanges_ragged() -> bool:
