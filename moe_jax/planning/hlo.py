@@ -82,7 +82,7 @@ def _of_computation(program: Program, name: str, times: int, naming: "_Naming") 
     for place, instruction in enumerate(schedule):
         found += _of_instruction(program, name, schedule, place, times, naming)
         for called in instruction.called():
-            if instruction.opcode == "async-start" or called not in program.computations:
+            if instruction.opcode.startswith("async-") or called not in program.computations:
                 continue
             rounds = trip_count(program, name, instruction) if instruction.opcode == "while" else 1
             inside = _of_computation(program, called, times * (1 if rounds is None else rounds), naming)

@@ -146,6 +146,9 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int | N
     return max(0, -(-distance // step)) if step > 0 and test[1] in ("LT", "LE", "NE") else None
 
 
+_UNCHANGED = ("copy", "copy-start", "copy-done", "bitcast", "reshape", "convert")
+
+
 def _value(program, computation, name, arguments):
     """What a scalar is, as a tuple: ("constant", n), ("state", i) of a loop's tuple, ("add", a, b), ("compare", how, a, b);
     None of anything else. ``arguments``: values of the parameters where the computation is a fusion's."""
@@ -156,21 +159,21 @@ def _value(program, computation, name, arguments):
         return ("constant", int(instruction.argument)) if re.fullmatch(r"-?\d+", instruction.argument) else None
     if instruction.opcode == "parameter":
         return arguments[int(instruction.argument)] if arguments else ("parameter",)
+    if instruction.opcode not in (*_UNCHANGED, "get-tuple-element", "add", "compare", "fusion"):
+        return None
     inner = [_value(program, computation, operand, arguments) for operand in instruction.operands]
     if None in inner or not inner:
         return None
-    if instruction.opcode in ("copy", "bitcast", "reshape", "copy-start", "copy-done", "convert"):
+    if instruction.opcode in _UNCHANGED:
         return inner[0]
-    if instruction.opcode == "get-tuple-element" and inner[0] == ("parameter",):
-        return ("state", int(instruction.attribute("index")))
-    if instruction.opcode == "add":
-        return ("add", *inner)
+    if instruction.opcode == "get-tuple-element":
+        return ("state", int(instruction.attribute("index"))) if inner[0] == ("parameter",) else None
     if instruction.opcode == "compare":
         return ("compare", instruction.attribute("direction"), *inner)
     if instruction.opcode == "fusion":
         called = instruction.attribute("calls")
         return _value(program, called, program.root(called).name, inner)
-    return None
+    return ("add", *inner)
 
 
 # The compiler's estimate of time
