@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
     model.activation = "swiglu"       # dense layers: gated swiglu, geglu, geglu_exact, reglu, glu, bilinear,
                                       # swiglu_clamped (3 matrices), swiglu_linear (4); silu, gelu, gelu_exact, relu,
                                       # relu_squared (2): docs/conventions.md
+    model.attention = "auto"          # plain, splash (Pallas kernel for TPUs that holds no scores), or auto: splash on a TPU
+                                      # where lengths and heads permit; tokens are written one by one with plain
     model.scaled_attention = True     # scores are divided by sqrt(head_dim); False (T5, OpenMoE): the query matrix
                                       # starts smaller by that factor instead
     model.tie_embedding = False       # use the embedding table as output layer (logits are scaled by 1/sqrt(D))
@@ -54,6 +56,8 @@ def get_config() -> ConfigDict:
     moe.zero_expert_weight = 1.0      # of the three kinds in the balancing loss; below 1 they get more tokens (MoE++: 0.75)
     moe.expert_widths = ""            # instead of d_ff: '256*4,512*2' = four experts of width 256, then two of 512;
                                       # dropless only
+    moe.expert_copies = 0             # experts that the devices hold, copies of busy ones counted, in evaluation and
+                                      # generation; comes with moe-jax eval --placement. 0: one of each, as in training
     moe.router = "top_k"              # top_k (tokens choose), noisy_top_k (the same with learned noise: Shazeer 2017),
                                       # hierarchical (noisy at two levels),
                                       # expert_choice (experts choose), reinforce (draws, learns by reward) …:
@@ -157,6 +161,7 @@ def get_config() -> ConfigDict:
                                       # num_experts and the devices, at most expert_limit
     mesh.tensor = 1                   # heads and hidden widths are spread over this axis
     mesh.expert_limit = 4             # for mesh.expert = 0; 0 = no limit
+    mesh.slice_axis = "data"          # the axis that reaches over several slices (docs/tpu.md); others stay within one
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adamw"          # adamw, adafactor (as T5X), sgd

@@ -65,6 +65,7 @@ class ModelConfig:
     head_dim: int = 32
     d_ff: int = 512
     activation: str = "swiglu"
+    attention: str = "auto"
     scaled_attention: bool = True
     tie_embedding: bool = False
     vocab_size: int = 0
@@ -81,6 +82,7 @@ class ModelConfig:
         _at_least("model", self, 0, "vocab_size")
         _choice("model", self, "activation", ACTIVATIONS)
         _choice("model", self, "dtype", ("float32", "bfloat16"))
+        _choice("model", self, "attention", ("auto", "plain", "splash"))
         _choice("model", self, "remat", ("none", "block", "dots"))
         _require(self.num_heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads,
                  f"must divide model.num_heads={self.num_heads} (grouped-query attention); "
@@ -111,6 +113,7 @@ class MoEConfig:
     num_constant_experts: int = 0
     zero_expert_weight: float = 1.0
     expert_widths: str = ""
+    expert_copies: int = 0
     router: str = "top_k"
     score: str = "softmax"
     gate_order: str = "softmax_then_top_k"
@@ -255,6 +258,11 @@ class MoEConfig:
                 _require(getattr(self, field) in ("dropless", "reference"), f"moe.{field}", getattr(self, field),
                          "fills one buffer [E, C, D] whose experts must be alike, but moe.expert_widths gives them "
                          "unequal widths; set it to 'dropless' (or 'reference').")
+        _require(self.expert_copies == 0 or self.expert_copies >= self.num_experts, "moe.expert_copies", self.expert_copies,
+                 f"every expert needs a copy; set it to at least moe.num_experts={self.num_experts}, or to 0.")
+        _require(self.expert_copies == 0 or not self.expert_widths, "moe.expert_copies", self.expert_copies,
+                 f"copies lie in one array and must be alike, but moe.expert_widths={self.expert_widths!r} gives experts unequal "
+                 f"widths; set it to 0.")
         _require(self.zero_expert_weight == 1 or self.num_zero_computation > 0, "moe.zero_expert_weight",
                  self.zero_expert_weight, "has no effect without moe.num_identity_experts, moe.num_zero_experts or "
                  "moe.num_constant_experts; add one of them, or set it to 1.0.")
@@ -277,10 +285,16 @@ class MoEConfig:
         return self.num_experts + self.num_zero_computation
 
     @property
+    def num_copies(self) -> int:
+        """P, the feed-forward experts that the devices hold: E, or ``moe.expert_copies``."""
+        return self.expert_copies or self.num_experts
+
+    @property
     def width_classes(self) -> tuple[tuple[int, int], ...]:
-        """((width, how many experts), …) in the order of their indices: ``moe.expert_widths``, or all of ``moe.d_ff``."""
+        """((width, how many experts, copies counted), …) in the order of their indices: ``moe.expert_widths``, or all of
+        ``moe.d_ff``."""
         if not self.expert_widths:
-            return ((self.d_ff, self.num_experts),)
+            return ((self.d_ff, self.num_copies),)
         classes = []
         for entry in self.expert_widths.split(","):
             width, times, count = entry.partition("*")
@@ -325,10 +339,12 @@ class MeshConfig:
     expert: int = 0
     tensor: int = 1
     expert_limit: int = 4
+    slice_axis: str = "data"
 
     def __post_init__(self):
         _at_least("mesh", self, 0, "data", "expert", "expert_limit")
         _at_least("mesh", self, 1, "fsdp", "tensor")
+        _choice("mesh", self, "slice_axis", ("data", "fsdp", "expert", "tensor"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,6 +443,9 @@ class Config:
                  f"gives no MoE layer among model.num_layers={self.model.num_layers}; set moe.every to at most "
                  f"{self.model.num_layers}, or moe.num_experts=0 for a dense model.")
         self._check_first_dense_layers()
+        _require(self.model.attention != "splash" or self.moe.padding == "nowhere", "model.attention", self.model.attention,
+                 f"sees padding otherwise than the plain one, and moe.padding={self.moe.padding!r} makes that matter; set it "
+                 f"to 'auto' or 'plain', or moe.padding='nowhere'.")
         self._check_groups()
         # Imported here because the tables of names live with the code they name, and that code reads this module.
         from moe_jax.dispatch import DISPATCHERS

@@ -300,6 +300,31 @@ def domains_by_expert(share_PLE: np.ndarray, domains: Sequence[str], layers: Seq
     return figure
 
 
+def device_loads(before_LX: np.ndarray | None, after_LX: np.ndarray, layers: Sequence[int]) -> Any:
+    """Bars, one row of axes per MoE layer: what each device gets before a placement of the experts (left; None: they cannot
+    lie so) and after it. 1.0 is the mean; the line is the largest."""
+    columns = [("before", before_LX), ("after", after_LX)]
+    figure, axes = new_figure(min(20, 0.5 + 1.35 * len(layers)), len(layers), 2, sharex=True, sharey=True)
+    for (row, column), axis in np.ndenumerate(axes):
+        name, load_LX = columns[column]
+        if load_LX is None:
+            axis.text(0.5, 0.5, "experts do not divide over the devices", transform=axis.transAxes, ha="center", color=MUTED)
+            load_X = np.full(after_LX.shape[1], np.nan)
+        else:
+            load_X = load_LX[row]
+            axis.axhline(load_X.max(), color=EVALUATION, linewidth=1.3)
+        axis.bar(np.arange(len(load_X)), load_X, color=TRAIN, width=0.8)
+        _reference(axis, 1.0, "mean")
+        largest = "" if load_LX is None else f": largest / mean {load_X.max():.2f}"
+        _title(axis, f"layer {layers[row]}, {name}{largest}")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if row == len(layers) - 1:
+            axis.set_xlabel("device")
+        if column == 0:
+            axis.set_ylabel("load")
+    return figure
+
+
 def throughput(steps: np.ndarray, tokens_per_second: np.ndarray) -> Any:
     """Tokens per second [N] over training with the median as reference."""
     figure, axes = new_figure(2.7)

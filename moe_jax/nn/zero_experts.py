@@ -31,7 +31,7 @@ class ZeroComputationExperts(nnx.Module):
     def __call__(self, x_GTD: jax.Array, routing_G: Routing) -> jax.Array:
         """Σ gate · expert(x) over the assignments to these experts, [G, T, D] in x's dtype; summed in fp32."""
         moe, x = self.moe, x_GTD.astype(jnp.float32)
-        gate_GTJ = over_groups(functools.partial(_gates, first=moe.num_experts, count=moe.num_zero_computation),
+        gate_GTJ = over_groups(functools.partial(_gates, first=moe.num_copies, count=moe.num_zero_computation),
                                routing_G, x_GTD[:, :, 0])
         kept_GT = jnp.sum(gate_GTJ[:, :, : moe.num_identity_experts], axis=-1)
         if not moe.num_constant_experts:

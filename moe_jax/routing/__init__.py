@@ -47,6 +47,7 @@ class Router:
       zero_experts: scores zero-computation experts like the others.
       evaluation_is_causal: as ``is_causal``, of a router that chooses otherwise in evaluation than in training.
       is_policy: is trained by policy gradients; in training ``Routing.policy`` says what they need.
+      by_number: an expert's number has a meaning: experts given other numbers would get other tokens.
       options: fields of MoEConfig that it reads; other routers refuse them, unless they name them as well.
     """
 
@@ -63,6 +64,7 @@ class Router:
     zero_experts: bool = False
     evaluation_is_causal: Callable[[MoEConfig], bool] | None = None
     is_policy: bool = False
+    by_number: bool = False
     options: tuple[str, ...] = ()
 
     def draws(self, moe: MoEConfig) -> bool:
@@ -79,9 +81,9 @@ ROUTERS: dict[str, Router] = {
                           zero_experts=True, options=OPTIONS),
     "hierarchical": Router(hierarchical, top_k_is_causal, check_hierarchical, uses_key=True, learned_noise=True,
                            two_levels=True, options=HIERARCHICAL_OPTIONS),
-    "hash": Router(hashed, hash_is_causal, check_hash, learned=False,
+    "hash": Router(hashed, hash_is_causal, check_hash, learned=False, by_number=True,
                    options=("hash_function", "hash_seed", "hash_table")),
-    "balanced": Router(round_robin, round_robin_is_causal, check_round_robin),
+    "balanced": Router(round_robin, round_robin_is_causal, check_round_robin, by_number=True),
     "all": Router(all_experts, all_experts_is_causal, check_all_experts, all_experts_capacity),
     "sinkhorn": Router(sinkhorn, balances_in_training, check_sinkhorn, causal_option="moe.group_over='batch'",
                        evaluation_is_causal=top_k_is_causal, options=("transport_tolerance", "transport_iterations")),
@@ -96,7 +98,7 @@ ROUTERS: dict[str, Router] = {
     "transport_expert_choice": Router(transport_expert_choice, balances_in_training, check_transport,
                                       expert_choice_capacity, fixed_choices=False, options=PLAN_OPTIONS,
                                       causal_option="moe.group_over='batch'"),
-    "replay": Router(replay, top_k_is_causal, check_replay, zero_experts=True),
+    "replay": Router(replay, top_k_is_causal, check_replay, zero_experts=True, by_number=True),
     "expert_choice": Router(expert_choice, expert_choice_is_causal, check_expert_choice, expert_choice_capacity,
                             fixed_choices=False, causal_option="moe.group_over='batch'",
                             options=("experts_per_token_cap", "cap_entropy", "transport_iterations")),

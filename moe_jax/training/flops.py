@@ -62,7 +62,7 @@ def count_parameters(config: Config, vocab_size: int) -> ParameterCount:
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     active = total
     if config.moe_layers:
-        idle = max(config.moe.num_experts - computed_choices(config), 0)
+        idle = max(config.moe.num_copies - computed_choices(config), 0)
         active = round(total - len(config.moe_layers) * idle * expert_parameters(config))
     return ParameterCount(total, active, sum(leaf.size for leaf in jax.tree.leaves(shapes["embedding"])))
 

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.config import Config
+from moe_jax.config import Config, ConfigError
 from moe_jax.models.decoder import Output
 from moe_jax.nn.moe import MoEStatistics, RoutingMode
 from moe_jax.routing import ROUTERS
@@ -113,6 +113,8 @@ def routing_sums(statistics: MoEStatistics | None) -> dict[str, jax.Array]:
     router = statistics.router
     sums = {"counts_LE": router.choices_E, "first_LE": router.first_choices_E, "kept_LE": statistics.kept_GE,
             "entropy_L": router.entropy, "confidence_L": router.confidence, "tokens_L": router.tokens}
+    if statistics.copies_GP is not None:
+        sums["copies_LP"] = statistics.copies_GP
     sums = {name: jnp.sum(leaf, axis=1) for name, leaf in sums.items()}
     return jax.lax.stop_gradient({**sums, "logit_max_L": jnp.max(router.logit_max, axis=1)})
 
@@ -180,6 +182,13 @@ def _global_counts(params, config, vocab_size, parts, bias_LE, keys):
     return jax.lax.stop_gradient(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), pooled))
 
 
+def check_trainable(config: Config) -> None:
+    """Refuses, with ConfigError, copies of experts: each would get the gradients of its own tokens only."""
+    if config.moe.expert_copies:
+        raise ConfigError(f"moe.expert_copies={config.moe.expert_copies}: copies of experts are for evaluation and generation "
+                          f"(moe-jax eval --placement=…); in training they would grow apart. Set it to 0.")
+
+
 def train_step(state: TrainState, batch: Batch, config: Config, vocab_size: int) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step on the global batch.
 
@@ -191,6 +200,7 @@ def train_step(state: TrainState, batch: Batch, config: Config, vocab_size: int)
       The new state, and metrics: ``sums`` (loss parts), ``routing`` (see :func:`routing_sums`), ``grad_norm``,
       ``router_grad_norm``, ``learning_rate``, ``tokens`` (valid ones), ``applied`` (bool).
     """
+    check_trainable(config)
     key = jax.random.fold_in(state["rng"], state["step"] + state["skipped"])
     mean_reward = None
     if "policy_baseline" in state:
