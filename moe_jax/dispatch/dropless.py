@@ -11,6 +11,7 @@ from moe_jax.dispatch.expert_parallel import Exchange, expert_devices, on_every_
 from moe_jax.dispatch.grouped_matmul import choose
 from moe_jax.dispatch.permutation import by_token, inverse, places_to_tokens, token_of_places, tokens_to_places
 from moe_jax.dispatch.products import ExpertFunction, GroupedProducts
+from moe_jax.dispatch.two_level import through_nodes
 from moe_jax.routing.assignment import Routing, assignments_per_expert, sorted_by_expert
 
 
@@ -38,7 +39,8 @@ def dropless(x_GTD: jax.Array, routing_G: Routing, expert: ExpertFunction, weigh
         groups, tokens, width = x_GTD.shape
         routing, x_TD = _one_list(routing_G, groups, tokens), x_GTD.reshape(-1, width)
         if exchanged:
-            y_TD = through_exchange(x_TD, routing, weights, num_experts, here, exchange)
+            travel = through_nodes if exchange.nodes > 1 else through_exchange
+            y_TD = travel(x_TD, routing, weights, num_experts, here, exchange)
         else:
             y_TD = here(x_TD, routing, weights)
         return y_TD.astype(x_GTD.dtype).reshape(x_GTD.shape)

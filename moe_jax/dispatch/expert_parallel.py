@@ -143,13 +143,13 @@ def through_exchange(x_TD: jax.Array, routing: Routing, weights: Any, num_expert
     peers = peers or Peers(expert_devices())
     devices = peers.size
     assignments = routing.expert_N.shape[0]
-    # A token meets an expert once: more than T·e rows never go to one device.
-    most = min(assignments, x_TD.shape[0] * (num_experts // devices))
-    rows = min(most, 8 * math.ceil(how.factor * (load or assignments) / devices / 8))
+    # In most lists a token meets an expert once: more than T·e rows never go to one device.
+    usual = min(assignments, x_TD.shape[0] * (num_experts // devices))
+    rows = min(usual, 8 * math.ceil(how.factor * (load or assignments) / devices / 8))
     plan = _plan(routing.expert_N, num_experts, peers)
     ragged = how.ragged and devices > 1
     one_round = functools.partial(_ragged_round if ragged else _padded_round, rows=rows, peers=peers, compute=compute)
-    return in_rounds(one_round, rows, most, jnp.max(plan.size_P), x_TD, routing, weights, plan)
+    return in_rounds(one_round, rows, assignments, jnp.max(plan.size_P), x_TD, routing, weights, plan)
 
 
 def in_rounds(one_round: Callable[..., jax.Array], rows: int, most: int, fullest: jax.Array, x_TD: jax.Array,
@@ -157,7 +157,7 @@ def in_rounds(one_round: Callable[..., jax.Array], rows: int, most: int, fullest
     """The sum of ``one_round(number, x_TD, *operands)`` over as many rounds of ``rows`` rows as the fullest pair of devices
     anywhere needs. ``fullest``: the rows of this device's fullest pair, of which there can be ``most``."""
     y_TD = one_round(0, x_TD, *operands)
-    if rows == most:
+    if rows == most:  # all of them fit, wherever they go
         return y_TD
     # The same number on every device, or some would wait for an exchange that others do not take part in.
     rounds = (jax.lax.pmax(fullest, tuple(varying_axes(fullest))) + rows - 1) // rows
