@@ -92,6 +92,8 @@ def get_config() -> ConfigDict:
                                       # GPU), auto (ragged where it compiles)
     moe.row_exchange_factor = 2.0     # rows that two devices exchange at once, over a balanced load; more travel in further
                                       # rounds, nothing is dropped
+    moe.exchange_chunks = 1           # a device's groups in so many parts: one travels while the experts compute another
+                                      # (docs/parallelism.md)
     moe.capacity_factor = 1.25        # buffer slots per expert over the balanced load (see capacity_counts)
     moe.eval_capacity_factor = 2.0    # the same where eval_dispatch has buffers
     moe.capacity_counts = "choices"   # balanced load = K·T/E choices (V-MoE), or "tokens" = T/E (flaxformer, OpenMoE);
@@ -161,6 +163,8 @@ def get_config() -> ConfigDict:
                                       # num_experts and the devices, at most expert_limit
     mesh.tensor = 1                   # heads and hidden widths are spread over this axis
     mesh.expert_limit = 4             # for mesh.expert = 0; 0 = no limit
+    mesh.expert_nodes = 1             # the expert axis is so many nodes of a slower network: a token goes to each at most
+                                      # once (dropless)
     mesh.slice_axis = "data"          # the axis that reaches over several slices (docs/tpu.md); others stay within one
 
     config.optimizer = optimizer = ConfigDict()

@@ -137,6 +137,7 @@ class MoEConfig:
     expert_parallelism: str = "compiler"
     row_exchange: str = "auto"
     row_exchange_factor: float = 2.0
+    exchange_chunks: int = 1
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
     capacity_counts: str = "choices"
@@ -182,7 +183,8 @@ class MoEConfig:
                   "importance_weight", "load_weight", "device_weight", "communication_weight", "router_z_weight",
                   "bias_update_rate", "group_size", "groups_per_token", "num_identity_experts", "num_zero_experts",
                   "num_constant_experts", "device_capacity_factor", "undropped_sequences", "first_dense_layers")
-        _at_least("moe", self, 1, "experts_per_token", "every", "d_ff", "min_capacity", "num_groups", "capacity_multiple")
+        _at_least("moe", self, 1, "experts_per_token", "every", "d_ff", "min_capacity", "num_groups", "capacity_multiple",
+                  "exchange_chunks")
         _at_least("moe", self, -1, "first")
         _choice("moe", self, "activation", ACTIVATIONS)
         _choice("moe", self, "score", ("softmax", "sigmoid"))
@@ -214,7 +216,7 @@ class MoEConfig:
             value, default = getattr(self, field), getattr(MoEConfig, field)
             _require(value == default or self.bias_update_rate > 0, f"moe.{field}", value,
                      f"has no effect without moe.bias_update_rate above 0; set that, or moe.{field}={default!r}.")
-        for field in ("row_exchange", "row_exchange_factor"):
+        for field in ("row_exchange", "row_exchange_factor", "exchange_chunks"):
             value, default = getattr(self, field), getattr(MoEConfig, field)
             _require(value == default or self.expert_parallelism != "none", f"moe.{field}", value,
                      f"has no effect with moe.expert_parallelism='none', under which no rows travel; set moe.{field}="
@@ -340,10 +342,11 @@ class MeshConfig:
     tensor: int = 1
     expert_limit: int = 4
     slice_axis: str = "data"
+    expert_nodes: int = 1
 
     def __post_init__(self):
         _at_least("mesh", self, 0, "data", "expert", "expert_limit")
-        _at_least("mesh", self, 1, "fsdp", "tensor")
+        _at_least("mesh", self, 1, "fsdp", "tensor", "expert_nodes")
         _choice("mesh", self, "slice_axis", ("data", "fsdp", "expert", "tensor"))
 
 
@@ -458,6 +461,25 @@ class Config:
         _choice("moe", self.moe, "grouped_matmul", ("auto", *IMPLEMENTATIONS))
         _choice("moe", self.moe, "balance_loss", tuple(BALANCE_LOSSES))
         check_router(self.moe)
+        self._check_exchange()
+
+    def _check_exchange(self):
+        # Imported here as above.
+        from moe_jax.routing import ROUTERS
+        moe, nodes = self.moe, self.mesh.expert_nodes
+        _require(moe.exchange_chunks == 1 or moe.dispatch != "reference", "moe.exchange_chunks", moe.exchange_chunks,
+                 "has no effect with moe.dispatch='reference', under which no rows travel; set it to 1, or another dispatch.")
+        if nodes == 1:
+            return
+        _require(moe.dispatch == "dropless", "mesh.expert_nodes", nodes,
+                 f"is for tokens that travel row by row, but moe.dispatch={moe.dispatch!r} sends buffers of fixed capacity, a slot "
+                 f"for each choice; set moe.dispatch='dropless', or mesh.expert_nodes=1.")
+        _require(moe.expert_parallelism != "none", "mesh.expert_nodes", nodes,
+                 "has no effect with moe.expert_parallelism='none', under which no rows travel; set it to 1, or another "
+                 "moe.expert_parallelism.")
+        _require(ROUTERS[moe.router].fixed_choices, "mesh.expert_nodes", nodes,
+                 f"a token takes its choices along, of which moe.router={moe.router!r} makes any number; set it to 1, or a "
+                 f"router in which tokens choose.")
 
     def _check_first_dense_layers(self):
         moe, leading = self.moe, self.moe.first_dense_layers
@@ -486,6 +508,16 @@ class Config:
         if self.moe.group_over == "batch":
             return self.moe.group_size or self.data.batch_size // self.training.microbatches
         return max(1, self.moe.group_size // self.data.sequence_length)
+
+    @property
+    def nodes_per_token(self) -> int:
+        """How many of ``mesh.expert_nodes`` nodes a token's choices reach at most, by ``moe.groups_per_token``; 0: any number.
+
+        Groups of experts limit nodes if no group lies on parts of two nodes."""
+        moe, nodes = self.moe, self.mesh.expert_nodes
+        if moe.num_groups % nodes == 0:
+            return min(moe.groups_per_token, nodes)
+        return moe.groups_per_token * nodes // moe.num_groups if nodes % moe.num_groups == 0 else 0
 
     @property
     def moe_offset(self) -> int:

@@ -52,7 +52,8 @@ def resolve_mesh(config: Config, num_devices: int) -> dict[str, int]:
         experts = 1 if moe.is_dense else math.gcd(*(count for _, count in moe.width_classes))
         common = math.gcd(experts, free if mesh.data == 0 else max(1, free // mesh.data))
         limit = mesh.expert_limit or common
-        expert = max(d for d in range(1, min(common, limit) + 1) if common % d == 0)
+        legal = [d for d in range(1, min(common, limit) + 1) if common % d == 0 and d % mesh.expert_nodes == 0]
+        expert = max(legal, default=1)
     data = mesh.data or max(1, free // expert)
     sizes = {"data": data, "fsdp": mesh.fsdp, "expert": expert, "tensor": mesh.tensor}
     if data * expert != free:
@@ -62,6 +63,10 @@ def resolve_mesh(config: Config, num_devices: int) -> dict[str, int]:
             f"mesh.data: {nearest_divisors(data, free)}; mesh.expert: "
             f"{nearest_divisors(expert, _common_divisor(config, 'expert', free))}; mesh.data=0 fills in the rest).")
     _check_divisible(config, sizes)
+    if expert % mesh.expert_nodes:
+        raise ConfigError(f"mesh.expert_nodes={mesh.expert_nodes} does not divide mesh.expert={expert}; nearest legal values: "
+                          f"{nearest_divisors(mesh.expert_nodes, expert)}.")
+    _check_chunks(config, sizes)
     return sizes
 
 
@@ -116,6 +121,20 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             f"moe.group_size={config.moe.group_size} spans {sequences} sequences, but each of the {token_shards} token "
             f"shards (mesh data x fsdp x expert) holds {microbatch // token_shards}; a group must lie on one shard. "
             f"Nearest legal numbers of sequences: {nearest_divisors(sequences, microbatch // token_shards)}.")
+
+
+def _check_chunks(config: Config, sizes: dict[str, int]) -> None:
+    """Refuses parts of a device's groups that are not whole groups."""
+    moe, length = config.moe, config.data.sequence_length
+    if moe.is_dense or moe.exchange_chunks == 1:
+        return
+    positions = 1 if moe.group_over == "batch" else min(moe.group_size or length, length)
+    sequences = config.data.batch_size // config.training.microbatches // math.prod(sizes[axis] for axis in TOKEN_AXES)
+    groups = sequences // config.sequences_per_group * (length // positions)
+    if groups % moe.exchange_chunks:
+        raise ConfigError(f"moe.exchange_chunks={moe.exchange_chunks} does not divide the {groups} groups of tokens that a device "
+                          f"has (moe.group_size, data.batch_size); nearest legal values: "
+                          f"{nearest_divisors(moe.exchange_chunks, groups)}.")
 
 
 def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None,
@@ -237,6 +256,16 @@ def concrete_mesh() -> jax.sharding.Mesh | None:
 
     mesh = get_concrete_mesh()
     return None if mesh is None or mesh.empty else mesh
+
+
+# What programs for a platform are compiled with: on TPUs an exchange is waited for where its rows are needed, not where it
+# starts, so that what does not need them is computed meanwhile (docs/parallelism.md).
+COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_all_to_all": True, "xla_tpu_enable_async_ragged_all_to_all": True}}
+
+
+def compiler_options() -> dict[str, Any]:
+    """For ``jax.jit`` and ``lowered.compile``: :data:`COMPILER_OPTIONS` of the platform of the mesh in context."""
+    return COMPILER_OPTIONS.get(lowering_platform(), {})
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

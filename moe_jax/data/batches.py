@@ -1,7 +1,7 @@
 """Token stores to batches: packing, shifting, mixing; and the background thread that keeps them ready.
 
 A batch is a pure function of (seed, step, rows). Nothing is saved to resume, and whoever wants a share of the global
-batch asks for its `rows` (training over several processes is not supported yet). With S tokens per row and B rows,
+batch, as each of several processes does, asks for its `rows`. With S tokens per row and B rows,
 step t reads rows t*B..(t+1)*B-1 of an endless table of rows, and row r is computed from r alone.
 
 Rows: the documents of a stream are put in a seeded order (a new one each epoch), laid end to end, and cut every S
@@ -18,7 +18,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -336,6 +336,11 @@ def empty_batch(num_rows: int, sequence_length: int) -> dict[str, np.ndarray]:
         key: np.full((num_rows, sequence_length), value, bool if key == "valid" else np.int32)
         for key, value in PADDING.items()
     }
+
+
+def join_rows(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Several ranges of rows of one batch as one batch, one after the other."""
+    return parts[0] if len(parts) == 1 else {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 class Prefetcher:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from moe_jax.config import Config
 from moe_jax.nn.moe import RoutingMode
-from moe_jax.sharding import TOKEN_AXES
+from moe_jax.sharding import TOKEN_AXES, compiler_options
 from moe_jax.training.state import model_graph
 
 # Prompts are padded on the left to a multiple of this, so that few lengths have to be compiled.
@@ -88,7 +88,7 @@ def generate(params: Any, config: Config, vocab_size: int, prompts: list[list[in
 @functools.lru_cache(maxsize=8)
 def _compiled(config, vocab_size, max_tokens, sampling, eos_id, used_ids):
     return jax.jit(functools.partial(_generate, config=config, vocab_size=vocab_size, max_tokens=max_tokens,
-                                     sampling=sampling, eos_id=eos_id, used_ids=used_ids))
+                                     sampling=sampling, eos_id=eos_id, used_ids=used_ids), compiler_options=compiler_options())
 
 
 def _generate(params, ids_BS, valid_BS, bias_LE, key, prompt_hash_B, *, config, vocab_size, max_tokens, sampling, eos_id, used_ids):
@@ -107,7 +107,7 @@ def _generate(params, ids_BS, valid_BS, bias_LE, key, prompt_hash_B, *, config, 
         return (next_B, ended_B, written), token_B
 
     _, tokens_TB = jax.lax.scan(step, (first_B, jnp.zeros_like(first_B, bool), written), jnp.arange(max_tokens))
-    return tokens_TB.T
+    return jax.reshard(tokens_TB.T, P())  # every process reads all rows
 
 
 class Written(NamedTuple):
@@ -165,10 +165,11 @@ def lowered(step: str, config: Config, vocab_size: int, params: Any, bias_LE: An
     reads = functools.partial(prefill, config=config, vocab_size=vocab_size, slots=length)
     prompts = (params, rows(batch, length, dtype=jnp.int32), rows(batch, length, dtype=bool), bias_LE)
     if step == "prefill":
-        return jax.jit(reads).lower(*prompts)
+        return jax.jit(reads, compiler_options=compiler_options()).lower(*prompts)
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec))
     written = jax.tree.map(place, jax.eval_shape(reads, *prompts)[1])
-    writes = jax.jit(functools.partial(decode, config=config, vocab_size=vocab_size), donate_argnums=1)
+    writes = jax.jit(functools.partial(decode, config=config, vocab_size=vocab_size), donate_argnums=1,
+                     compiler_options=compiler_options())
     return writes.lower(params, written, rows(batch, dtype=jnp.int32), jax.ShapeDtypeStruct((), jnp.int32), bias_LE)
 
 

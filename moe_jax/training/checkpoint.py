@@ -23,8 +23,8 @@ import threading
 from typing import Any, NamedTuple, Sequence
 
 import jax
-import numpy as np
 
+from moe_jax.training import processes
 from moe_jax.training.manifest import FORMAT, reason_of, verify, write_manifest
 from moe_jax.training.named_arrays import describe, flatten, nest, orbax, parts, read_arrays, to_arrays
 
@@ -161,8 +161,11 @@ class Checkpointer:
                 if staging.exists():
                     staging.rmtree()
                 staging.mkdir(parents=True)
-            self._barrier(f"moe_jax_checkpoint_staged_{step}")
+            processes.barrier(f"checkpoint {step} staged", self.timeout_seconds)
             self._checkpointer().save(staging / STATE, args=orbax().args.PyTreeSave(nest(arrays)))
+        except processes.ProcessError:
+            self._discard(staging)
+            raise
         except Exception as error:
             self._discard(staging)
             raise self._save_error(step, error) from error
@@ -179,7 +182,8 @@ class Checkpointer:
           CheckpointError: it failed, or did not finish within `timeout_seconds`.
         """
         if self._finisher is not None:
-            self._finisher.join(self.timeout_seconds)
+            with processes.place(self._finisher.name, self.timeout_seconds + 60):
+                self._finisher.join(self.timeout_seconds)
             if self._finisher.is_alive():
                 raise CheckpointError(
                     f"{self._finisher.name} is still being written to {self.directory} after "
@@ -309,19 +313,17 @@ class Checkpointer:
         """The step to restore, the same on every process: process 0 reads and hashes, the others are told."""
         if jax.process_count() == 1:
             return self._choose(asked)
-        from jax.experimental import multihost_utils
 
-        failure, chosen = None, None
-        if jax.process_index() == 0:
+        def choose() -> dict:
             try:
-                chosen = self._choose(asked)
+                return {"step": self._choose(asked)}
             except CheckpointError as error:
-                failure = error
-        code = -2 if failure else -1 if chosen is None else chosen
-        code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-        if code == -2:
-            raise failure or CheckpointError("Process 0 found no checkpoint to restore; its message says why")
-        return None if code == -1 else code
+                return {"error": str(error)}
+
+        chosen = processes.of_process_0("the checkpoint to restore", choose, processes.COMPILING)
+        if "error" in chosen:
+            raise CheckpointError(chosen["error"])
+        return chosen["step"]
 
     def _choose(self, asked: int | None) -> int | None:
         if asked is not None:
@@ -403,10 +405,6 @@ class Checkpointer:
             ocp = orbax()
             self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=int(self.timeout_seconds))
         return self._orbax
-
-    def _barrier(self, name: str) -> None:
-        if jax.process_count() > 1:
-            orbax().multihost.sync_global_processes(name, timeout=int(self.timeout_seconds))
 
     def _save_error(self, step: int, error: BaseException) -> CheckpointError:
         earlier = [earlier for earlier in self.steps() if earlier in self._verified or not self.verify(earlier)]

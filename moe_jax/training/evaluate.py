@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.nn.moe import GroupLayout, MoEStatistics, RoutingMode
-from moe_jax.sharding import batch_sharding, over_groups
+from moe_jax.sharding import batch_sharding, local_rows, over_groups
 from moe_jax.training.losses import cross_entropy
 from moe_jax.training.step import Batch, check_statistics, forward, routing_sums
 
@@ -83,12 +83,16 @@ class Evaluator:
 
     def sums(self, params: Any, bias_LE: jax.Array, batches: Iterable[dict[str, np.ndarray]], mode: RoutingMode,
              stop=lambda: False) -> dict[str, Any]:
-        """Host sums over ``batches``; empty if ``stop()`` became true meanwhile (a pending SIGTERM)."""
+        """Host sums over ``batches``; empty if ``stop()`` became true meanwhile (a pending SIGTERM).
+
+        With several processes ``batches`` are of this process's rows (:meth:`moe_jax.training.run.Run.validation_batches`),
+        and the sums are those over all rows, on every process.
+        """
         total: dict[str, Any] = {}
         for batch in batches:
             if stop():
                 return {}
-            batch = put_batch(batch, self.mesh)
+            batch = put_batch(batch, self.mesh, self.config.data.batch_size)
             sums = jax.device_get(self._function(mode)(params, batch, bias_LE, self._bytes_per_token_V))
             flat = {**{k: v for k, v in sums.items() if k != "routing"}, **sums["routing"]}
             for name, value in flat.items():
@@ -100,9 +104,28 @@ class Evaluator:
         return total
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
-    """A host batch on the mesh, spread over the token axes."""
-    return jax.device_put(batch, batch_sharding(mesh))
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, batch_size: int | None = None) -> Batch:
+    """A host batch on the mesh, spread over the token axes.
+
+    With several processes each gives the rows of its own devices (:func:`moe_jax.sharding.local_rows`), one range after
+    the other, and ``batch_size`` is that of all of them together.
+    """
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    ranges = local_rows(mesh, batch_size)
+    place = {row: place for place, row in enumerate(row for part in ranges for row in range(part.start, part.stop))}
+
+    def put(values: np.ndarray) -> jax.Array:
+        if len(values) != len(place):
+            raise ValueError(f"{len(values)} rows for the {len(place)} of this process ({ranges} of {batch_size})")
+
+        def rows_of_device(index):
+            first, last, _ = index[0].indices(batch_size)
+            return values[place[first] : place[first] + last - first]
+        return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, rows_of_device)
+
+    return {name: put(values) for name, values in batch.items()}
 
 
 def loss_summary(sums: dict[str, Any], domains: list[str]) -> dict[str, Any]:
@@ -124,7 +147,7 @@ def drop_fraction(sums: dict[str, Any]) -> float:
 
 def routing_arrays(sums: dict[str, Any], capacity_sums: dict[str, Any], config: Config,
                    domains: list[str]) -> dict[str, np.ndarray]:
-    """The arrays of ``routing/evaluation.npz`` (see ``analysis/report.py``)."""
+    """The arrays of ``routing/evaluation.npz`` (see ``analysis/report.py``; ``counts_LE``: ``analysis/placement.py``)."""
     choices_LS, kept_LS = capacity_sums["choices_LS"], capacity_sums["kept_LS"]
     counts_PLE = np.moveaxis(sums["domain_counts_LPE"], 0, 1)
     shares_PLE = counts_PLE / np.maximum(counts_PLE.sum(-1, keepdims=True), 1.0)
@@ -132,6 +155,7 @@ def routing_arrays(sums: dict[str, Any], capacity_sums: dict[str, Any], config: 
         "drop_rate_LS": 1.0 - kept_LS / np.maximum(choices_LS, 1.0),
         "choices_at_position_S": choices_LS.sum(0).astype(np.int64),
         "domain_load_PLE": shares_PLE,
+        "counts_LE": sums["counts_LE"].astype(np.int64),
         "entropy_L": sums["entropy_L"] / np.maximum(sums["tokens_L"], 1.0),
         "layers": np.asarray(config.moe_layers, np.int64),
         "domains": np.asarray(domains),

@@ -18,14 +18,16 @@ from moe_jax.data.baselines import ngram_losses
 from moe_jax.data.batches import Prefetcher
 from moe_jax.nn.moe import WITHOUT_DROPS, RoutingMode
 from moe_jax.routing import has_fixed_choices
+from moe_jax.training import processes
 from moe_jax.training.checkpoint import Checkpointer, CheckpointError
 from moe_jax.training.evaluate import Evaluator, drop_fraction, loss_summary, put_batch, routing_arrays
 from moe_jax.training.flops import count_parameters, hardware_flops_per_token, training_flops_per_token
 from moe_jax.training.metrics import MetricsWriter, Progress, mfu, peak_flops_per_device, read_metrics, routing_metrics
 from moe_jax.training.run import (
-    Run, check_workdir, evaluated_params, locked, open_run, record_config, restore, write_arrays, write_json)
+    Run, check_workdir, evaluated_params, locked, open_run, record_config, require_equal_processes, restore, write_arrays,
+    write_json)
 from moe_jax.training.state import new_state
-from moe_jax.training.step import jitted_train_step
+from moe_jax.training.step import check_trainable, jitted_train_step
 
 log = logging.getLogger("moe_jax")
 
@@ -74,6 +76,7 @@ class _Signals:
                 os._exit(128 + number)
             self.received = number
             if self.polling:
+                processes.ask_to_stop(number)
                 log.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
         os.close(read_end)
 
@@ -93,18 +96,20 @@ def train(config: Config, workdir: str, allow_config_change: bool = False) -> pa
       Path of the report. A finished run does nothing but say so.
 
     Raises:
-      ConfigError, CorpusError, CheckpointError, MetricsError, ReportError, RunError, NonFiniteError: each with one line
-        for people.
-      Interrupted: after saving, if SIGTERM or SIGINT came.
+      ConfigError, CorpusError, CheckpointError, MetricsError, ReportError, RunError, ProcessError, NonFiniteError: each with
+        one line for people.
+      Interrupted: after saving, if SIGTERM or SIGINT came (to any process, where there are several).
     """
     started = time.monotonic()
     path = pathlib.Path(workdir).absolute()
     report = path / "report.html"
-    check_workdir(path, config, allow_config_change)
-    if _is_complete(path, config) and report.exists():
+    check_trainable(config)
+    require_equal_processes(config, path, allow_config_change=allow_config_change)
+    if processes.of_process_0("is the run complete", lambda: _is_there(path, config, report, allow_config_change)):
         log.info("The run in %s is complete (%d steps). Its report: %s", path, config.training.num_steps, report)
         return report
     with locked(path), _Signals() as signals:
+        processes.require_shared(path)
         run = open_run(config, path)
         trainer = _Trainer(run, signals, started)
         try:
@@ -112,8 +117,14 @@ def train(config: Config, workdir: str, allow_config_change: bool = False) -> pa
             trainer.finish()
         finally:
             trainer.close()
+            processes.at("the end of training", math.inf)
     log.info("Done in %.0f s. Report: %s", time.monotonic() - started, report)
     return report
+
+
+def _is_there(path: pathlib.Path, config: Config, report: pathlib.Path, allow_config_change: bool) -> bool:
+    check_workdir(path, config, allow_config_change)
+    return _is_complete(path, config) and report.exists()
 
 
 def _is_complete(workdir: pathlib.Path, config: Config) -> bool:
@@ -135,6 +146,7 @@ class _Trainer:
     def __init__(self, run: Run, signals: _Signals, started: float):
         self.run, self.signals, self.started = run, signals, started
         self.config = config = run.config
+        processes.at("the start of training", processes.COMPILING)
         self.checkpointer = Checkpointer(run.checkpoints, config.training.keep_checkpoints)
         restored = restore(run, self.checkpointer)
         if restored is None:
@@ -156,9 +168,9 @@ class _Trainer:
         self.evaluator = Evaluator(config, run.vocab_size, run.data.vocabulary.bytes_per_token_V, run.data.domains, run.mesh)
         self.writer = MetricsWriter(run.workdir, config.training.tensorboard, config.training.wandb,
                                     None if restored is None else self.step, config.to_dict())
-        self.progress = Progress(config.training.num_steps, self.step, jax.process_index() == 0)
+        self.progress = Progress(config.training.num_steps, self.step, processes.index() == 0)
         self.profile = _Profile(config, run.workdir / "profile")
-        self.prefetcher = Prefetcher(run.data.train.batch, self.step, lambda batch: put_batch(batch, run.mesh))
+        self.prefetcher = Prefetcher(run.batch, self.step, lambda batch: put_batch(batch, run.mesh, config.data.batch_size))
         self.flops_per_token = training_flops_per_token(config, run.vocab_size)
         self._say_what_is_trained()
 
@@ -195,6 +207,7 @@ class _Trainer:
             self._evaluate()  # a signal came before or during it
         first, unread, window = self.step, None, _Window()
         while self.step < training.num_steps:
+            processes.at(f"step {self.step + 1}", processes.COMPILING if self.step == first else None)
             step, batch, waited = self.prefetcher.next()
             self.profile.before(step)
             self.state, metrics = self.train_step(self.state, batch)
@@ -207,7 +220,7 @@ class _Trainer:
             unread = (self.step, metrics, waited)
             self.profile.after(self.step, metrics)
             save = self.step == training.num_steps or self.step % training.checkpoint_every == 0
-            stop = self.signals.received is not None
+            stop = self._signal() is not None
             if not (save or stop or self._evaluation_is_due()):
                 continue
             self._read(*unread, window)
@@ -217,6 +230,10 @@ class _Trainer:
             if save:
                 self._save()
             self._stop_if_asked()
+
+    def _signal(self) -> int | None:
+        """The signal to stop for, if one came: to this process or, where there are several, to any, agreed by all."""
+        return processes.stop_signal(self.signals.received)
 
     def _evaluation_is_due(self) -> bool:
         """After every ``eval_every`` steps; the one after the last step belongs to :meth:`finish`."""
@@ -266,13 +283,14 @@ class _Trainer:
                                 "confidence_L": routing["confidence_L"] / tokens_L}, per_token)
 
     def _non_finite(self, step: int, metrics: dict[str, Any]):
-        """A refused step: records its batch; stops, or goes on within ``max_skipped_steps``."""
+        """A refused step: records its batch; stops, or goes on within ``max_skipped_steps``. All processes come here."""
         training = self.config.training
-        batch = self.run.data.train.batch(step - 1)
         path = self.run.workdir / f"nonfinite_step_{step:08d}.json"
-        documents = sorted({int(d) for d in batch["document_ids"][batch["valid"]].ravel()}) if "document_ids" in batch else []
-        write_json(path, {"step": step, "grad_norm": str(metrics["grad_norm"]), "data_step": step - 1,
-                          **{name: str(value) for name, value in metrics["sums"].items()}, "document_ids": documents})
+        if processes.index() == 0:
+            batch = self.run.data.train.batch(step - 1)
+            documents = sorted({int(d) for d in batch["document_ids"][batch["valid"]].ravel()}) if "document_ids" in batch else []
+            write_json(path, {"step": step, "grad_norm": str(metrics["grad_norm"]), "data_step": step - 1,
+                              **{name: str(value) for name, value in metrics["sums"].items()}, "document_ids": documents})
         self.skipped += 1
         if training.nonfinite == "skip" and self.skipped <= training.max_skipped_steps:
             log.warning("step %d: loss or gradient is not finite; its update was skipped (%d of at most %d). Batch: %s",
@@ -287,6 +305,7 @@ class _Trainer:
 
     def _save(self):
         """Saves everything; the write goes on in the background."""
+        processes.at(f"saving step {self.step}")
         self.checkpointer.save(self.step, self.state, {
             "config": self.config.to_dict(), "data_step": self.step, "data_fingerprint": self.run.data.fingerprint,
             "tokens_seen": self.tokens_seen, "evaluated_step": self.evaluated_step, "vocab_size": self.run.vocab_size,
@@ -295,21 +314,25 @@ class _Trainer:
 
     def _stop_if_asked(self):
         """After a signal: makes sure of the checkpoint and raises Interrupted. Call it with all metrics read."""
-        if self.signals.received is None:
+        signal_number = self._signal()
+        if signal_number is None:
             return
         if self.saved_step != self.step:
             self._save()
         self.checkpointer.close()
         self.progress.say(f"Interrupted: step {self.step} is saved. The same command goes on from there.")
-        raise Interrupted(128 + self.signals.received)
+        raise Interrupted(128 + signal_number)
 
     def batches(self):
+        """The validation batches, whole: for what needs no devices."""
         return self.run.data.validation.evaluation_batches(self.config.training.eval_batches)
 
     def sums(self, mode: RoutingMode) -> dict[str, Any]:
         """What evaluation sums over the validation batches. A signal ends it: what is trained is worth more."""
-        sums = self.evaluator.sums(evaluated_params(self.state), self.state["router_bias_LE"], self.batches(), mode,
-                                   stop=lambda: self.signals.received is not None)
+        processes.at(f"the evaluation of step {self.step}", processes.COMPILING)
+        sums = self.evaluator.sums(evaluated_params(self.state), self.state["router_bias_LE"],
+                                   self.run.validation_batches(self.config.training.eval_batches), mode,
+                                   stop=lambda: self._signal() is not None)
         self._stop_if_asked()
         return sums
 
@@ -329,7 +352,7 @@ class _Trainer:
 
     def _line_is_there(self) -> bool:
         """Whether metrics.jsonl has the evaluation of this step: the last checkpoint is older than its evaluation."""
-        return jax.process_index() == 0 and any(
+        return processes.index() == 0 and any(
             line["kind"] == "eval" and line["step"] == self.step for line in read_metrics(self.writer.path))
 
     def finish(self):
@@ -342,13 +365,15 @@ class _Trainer:
         if routing:
             write_arrays(workdir / "routing" / "evaluation.npz", routing)
         if self.config.training.sample_length:
+            processes.at("the samples", processes.PREPARING)
             write_json(workdir / "samples.json", self._samples())
         self._stop_if_asked()
         self.checkpointer.close()
-        if jax.process_index() == 0:
+        processes.at("the report", processes.PREPARING)
+        if processes.index() == 0:
             write_report(workdir)
-        write_json(workdir / "complete.json", {"step": self.step})
-        say_result(evaluation)
+            write_json(workdir / "complete.json", {"step": self.step})
+            say_result(evaluation)
 
     def _samples(self) -> list[dict[str, str]]:
         from moe_jax.inference.generate import generate
@@ -391,7 +416,10 @@ class _Window:
 
 
 class _Profile:
-    """A trace of steps ``profile_start … profile_start + profile_steps - 1``, or of those that this process runs."""
+    """A trace of steps ``profile_start … profile_start + profile_steps - 1``, or of those that this process runs.
+
+    Of several processes only process 0 writes one: the traces of two on one host would have the same name.
+    """
 
     def __init__(self, config: Config, folder: pathlib.Path):
         self._start = config.training.profile_start
@@ -399,7 +427,7 @@ class _Profile:
         self._folder, self._running = folder, False
 
     def before(self, step: int):
-        if self._start <= step < self._end and not self._running:
+        if self._start <= step < self._end and not self._running and processes.index() == 0:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
@@ -427,9 +455,9 @@ def final_evaluation(trainer: _Trainer) -> tuple[dict[str, Any], dict[str, np.nd
     config, data = trainer.config, trainer.run.data
     sums = trainer._evaluate()
     summary = loss_summary(sums, data.domains)
-    evaluation = {"step": trainer.step, **summary, "documents": _num_documents(trainer.batches()),
-                  "dispatch": config.moe.eval_dispatch if config.moe_layers else "dense"}
-    evaluation["baselines"] = baselines(trainer, summary)
+    evaluation = {"step": trainer.step, **summary, "dispatch": config.moe.eval_dispatch if config.moe_layers else "dense"}
+    if processes.index() == 0:  # counting on the host, for the file that process 0 writes
+        evaluation |= {"documents": _num_documents(trainer.batches()), "baselines": baselines(trainer, summary)}
     if not config.moe_layers:
         return evaluation, {}
     if not RoutingMode.evaluation(config).is_causal(config):

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import logging
 import os
@@ -19,8 +21,9 @@ except ImportError:  # Windows
     fcntl = None
 
 from moe_jax.config import Config, ConfigError, differences
-from moe_jax.data.batches import Data, open_data
-from moe_jax.sharding import make_mesh, resolve_mesh
+from moe_jax.data.batches import Data, join_rows, open_data
+from moe_jax.sharding import local_rows, make_mesh, resolve_mesh
+from moe_jax.training import processes
 from moe_jax.training.checkpoint import Checkpointer, CheckpointError, Restored
 from moe_jax.training.metrics import versions
 from moe_jax.training.state import TrainState, abstract_state, table_size
@@ -48,6 +51,19 @@ class Run:
     @property
     def checkpoints(self) -> pathlib.Path:
         return self.workdir / "checkpoints"
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's rows of the training batch of a step: those of its devices; all of them if it is alone."""
+        return join_rows([self.data.train.batch(step, rows) for rows in self._rows])
+
+    def validation_batches(self, max_batches: int | None) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of the validation batches."""
+        for parts in zip(*(self.data.validation.evaluation_batches(max_batches, rows) for rows in self._rows)):
+            yield join_rows(parts)
+
+    @functools.cached_property
+    def _rows(self) -> list[slice]:
+        return local_rows(self.mesh, self.config.data.batch_size)
 
     def abstract_state(self) -> TrainState:
         return abstract_state(self.config, self.vocab_size, self.mesh)
@@ -187,19 +203,55 @@ def _lock(file, workdir: pathlib.Path) -> None:
 
 def open_run(config: Config, workdir: pathlib.Path) -> Run:
     """Puts the mesh in place (``jax.set_mesh``) and opens the data. Compiled programs are kept in the workdir."""
-    if jax.process_count() > 1:
-        # Batches are already a function of (step, rows), but nobody hands each process its rows yet, nor agrees on when
-        # to stop: silently training every row several times would be worse than refusing.
-        raise RunError(f"{jax.process_count()} processes: runs over several processes are not supported yet; start one "
-                       f"process that sees all devices.")
     sizes = resolve_mesh(config, jax.device_count())
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    mesh = make_mesh(sizes)
+    mesh = make_mesh(sizes, slice_axis=config.mesh.slice_axis)
     jax.set_mesh(mesh)
-    data = open_data(config.data, str(workdir))
+    data = _open_data_in_turns(config, workdir)
     return Run(config, workdir, mesh, data, table_size(config, data.vocabulary.vocab_size))
+
+
+def _open_data_in_turns(config: Config, workdir: pathlib.Path) -> Data:
+    """The data; where a host has several processes, the first prepares what is missing and the others find it.
+
+    Raises:
+      ProcessError: the processes found different data.
+    """
+    is_first = processes.is_first_of_host()
+    with processes.place("preparing the data", processes.PREPARING):
+        data = open_data(config.data, str(workdir)) if is_first else None
+    processes.barrier("the data is prepared", processes.PREPARING)
+    with processes.place("opening the data", processes.PREPARING):
+        data = open_data(config.data, str(workdir)) if data is None else data
+    processes.require_equal("the data", {f"the data of {config.data.source!r}": data.fingerprint})
+    return data
+
+
+def require_equal_processes(config: Config, workdir: pathlib.Path, **options: Any) -> None:
+    """Refuses a run whose processes differ in settings, code, packages or run directory; nothing with one process.
+
+    Raises:
+      ProcessError: on every process, naming the settings and the processes.
+    """
+    if not processes.several():
+        return
+    settings = {f"{section}.{name}": value for section, values in config.to_dict().items() for name, value in values.items()}
+    found = versions()
+    del found["platform"]  # hosts of one cluster may differ in their kernel
+    environment = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    processes.require_equal("the settings of all processes", {
+        **settings, **found, **environment, **options, "workdir": str(workdir), "code of moe_jax": _code_fingerprint()})
+
+
+def _code_fingerprint() -> str:
+    """Of the package's source files as they are on this host, committed or not."""
+    package = pathlib.Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def restore(run: Run, checkpointer: Checkpointer) -> Restored | None:
@@ -223,15 +275,18 @@ def require_checkpoint(workdir: pathlib.Path) -> None:
         raise RunError(f"{workdir} has no checkpoint yet; train it first: moe-jax train --workdir={workdir} …")
 
 
-def restore_params(run: Run) -> tuple[Any, jax.Array, int]:
+def restore_params(run: Run, abstract: TrainState | None = None) -> tuple[Any, jax.Array, int]:
     """Parameters (their running mean if the run keeps one), router bias and step of the newest good checkpoint.
+
+    ``abstract`` says where they shall lie, if not on the run's mesh.
 
     Raises:
       RunError: there is no checkpoint. CheckpointError: none is good, or it does not fit the config or vocabulary.
     """
     require_checkpoint(run.workdir)
     name = "ema" if run.config.training.ema_decay else "params"
-    wanted = {key: value for key, value in run.abstract_state().items() if key in (name, "router_bias_LE")}
+    abstract = run.abstract_state() if abstract is None else abstract
+    wanted = {key: value for key, value in abstract.items() if key in (name, "router_bias_LE")}
     restored = Checkpointer(run.checkpoints, read_only=True).restore(wanted, only=tuple(wanted))
     if restored.metadata["vocabulary"] != run.data.vocabulary.fingerprint:
         raise CheckpointError(
