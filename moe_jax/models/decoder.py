@@ -43,7 +43,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BSD, inputs: "Inputs", mode, cache, bias_E, key, replay_BSK=None):
         y_BSD, cache = self.attention(inputs.present(self.attention_norm(x_BSD)), inputs.positions_BS, inputs.mask_BST,
-                                      cache, inputs.index)
+                                      cache, inputs.index, inputs.attended_BS)
         x_BSD = x_BSD + y_BSD
         statistics, normed_BSD = None, inputs.present(self.ffn_norm(x_BSD))
         if self.is_moe:
@@ -62,11 +62,11 @@ class Layer(nnx.Module):
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(),
                    data_fields=("token_ids_BS", "positions_BS", "mask_BST", "valid_BS", "previous_ids_BS", "index",
-                                "present_BS", "segment_ids_BS", "undropped_BS"))
+                                "present_BS", "segment_ids_BS", "undropped_BS", "attended_BS"))
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """What every layer sees beside the residual stream; ``present_BS`` only where padding is routed, ``undropped_BS``
-    only where devices drop choices."""
+    only where devices drop choices, ``attended_BS`` only where it says all that the mask says: segments, 0 for padding."""
 
     token_ids_BS: jax.Array
     positions_BS: jax.Array
@@ -77,6 +77,7 @@ class Inputs:
     present_BS: jax.Array | None = None
     segment_ids_BS: jax.Array | None = None
     undropped_BS: jax.Array | None = None
+    attended_BS: jax.Array | None = None
 
     def present(self, x_BSD: jax.Array) -> jax.Array:
         """x where there is text, 0 elsewhere."""
@@ -131,6 +132,23 @@ def layer_pattern(is_moe: tuple[bool, ...]) -> tuple[int, int, int]:
     return best
 
 
+def config_pattern(config: Config) -> tuple[tuple[bool, ...], tuple[int, int, int]]:
+    """Which layers of the model are mixtures, and their :func:`layer_pattern`."""
+    is_moe = tuple(i in config.moe_layers for i in range(config.model.num_layers))
+    return is_moe, layer_pattern(is_moe) if config.model.scan_layers else (0, len(is_moe), 1)
+
+
+def moe_layer_paths(config: Config) -> dict[str, tuple[int, ...]]:
+    """Where the parameters of MoE layers lie: ``'body/layers/1/moe'`` -> which of them, 0 … L − 1. Arrays below ``body``
+    are stacked over these; below ``first`` and ``last`` there is one of them, and no leading dimension."""
+    is_moe, (prefix, period, repeats) = config_pattern(config)
+    number, end = {layer: n for n, layer in enumerate(config.moe_layers)}, prefix + period * repeats
+    return {**{f"first/{i}/layers/0/moe": (number[i],) for i in range(prefix) if is_moe[i]},
+            **{f"body/layers/{i}/moe": tuple(number[prefix + i + period * r] for r in range(repeats))
+               for i in range(period) if is_moe[prefix + i]},
+            **{f"last/{i - end}/layers/0/moe": (number[i],) for i in range(end, len(is_moe)) if is_moe[i]}}
+
+
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(), data_fields=("logits_BSV", "statistics", "cache"))
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -146,8 +164,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: Config, vocab_size: int, rngs: nnx.Rngs):
         self.config, self.vocab_size = config, vocab_size
-        is_moe = tuple(i in config.moe_layers for i in range(config.model.num_layers))
-        self.pattern = layer_pattern(is_moe) if config.model.scan_layers else (0, len(is_moe), 1)
+        is_moe, self.pattern = config_pattern(config)
         prefix, period, repeats = self.pattern
         self.embedding = Embedding(config.model, vocab_size, rngs)
         self.first = nnx.List([Block(config, (m,), rngs) for m in is_moe[:prefix]])
@@ -184,10 +201,13 @@ class Decoder(nnx.Module):
         if previous_ids_BS is None:
             previous_ids_BS = jnp.pad(input_ids_BS[:, :-1], ((0, 0), (1, 0)))
             previous_ids_BS = jnp.where(positions_BS == 0, 0, previous_ids_BS)
+        # Where padding is routed or counted, what attention makes of it matters, and there the mask says more.
+        alone = (cache is None or isinstance(index, int) and index == 0) and config.moe.padding == "nowhere"
         inputs = Inputs(input_ids_BS, positions_BS, same_BST & causal_ST[None] & valid_BS[:, :, None], valid_BS,
                         previous_ids_BS, index,
                         text_positions(input_ids_BS, valid_BS) if config.moe.padding == "routed" else None,
-                        segment_ids_BS, _undropped(config, valid_BS, mode, key))
+                        segment_ids_BS, _undropped(config, valid_BS, mode, key),
+                        jnp.where(valid_BS, segment_ids_BS, 0) if alone else None)
         moe_layers, num_experts = len(config.moe_layers), max(config.moe.num_routed_experts, 1)
         if bias_LE is None:
             bias_LE = jnp.zeros((moe_layers, num_experts), jnp.float32)

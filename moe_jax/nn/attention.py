@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ConfigError, ModelConfig
 from moe_jax.nn.initializers import kernel
 from moe_jax.nn.positions import rotate
+from moe_jax.nn.splash import splash, unfit
 from moe_jax.product import product
-from moe_jax.sharding import ACTIVATIONS, gathered, spec
+from moe_jax.sharding import ACTIVATIONS, gathered, lowering_platform, spec
 
 # Score of a key that may not be seen: exp() of it is 0, and unlike minus infinity it leaves no NaN behind.
 _HIDDEN = -1e30
@@ -32,12 +33,15 @@ class Attention(nnx.Module):
         self.w_out_HdD = kernel(rngs, (heads, head, width), heads * head, config.init_scale)
 
     def __call__(self, x_BSD: jax.Array, positions_BS: jax.Array, mask_BST: jax.Array,
-                 cache: LayerCache | None = None, index: jax.Array | int = 0) -> tuple[jax.Array, LayerCache | None]:
+                 cache: LayerCache | None = None, index: jax.Array | int = 0,
+                 segment_ids_BS: jax.Array | None = None) -> tuple[jax.Array, LayerCache | None]:
         """Attends from S queries to T keys.
 
         Args:
           mask_BST: bool, True where query s may see key t.
           cache: keys and values of earlier calls; this call's are written from slot ``index`` on. Without it T = S.
+          segment_ids_BS: where queries see keys of this call only, and the mask says no more than "the same segment, and not
+            later", the segments (0 = padding); a kernel may then be used. None: the mask is something else.
 
         Returns:
           [B, S, D], and the cache with this call's keys and values in it.
@@ -49,17 +53,39 @@ class Attention(nnx.Module):
             return product(x_BSD, gathered(weight[...], "DHd", dtype), "BSD,DHd->BSHd", heads)
 
         query_BSHd = rotate(project(self.w_query_DHd), positions_BS, config.rope_theta)
-        key_BTHd = rotate(project(self.w_key_DHd), positions_BS, config.rope_theta)
-        value_BTHd = project(self.w_value_DHd)
+        key_BTHd = key_BSHd = rotate(project(self.w_key_DHd), positions_BS, config.rope_theta)
+        value_BTHd = value_BSHd = project(self.w_value_DHd)
         if cache is not None:
             key_BTHd = jax.lax.dynamic_update_slice_in_dim(cache[0], key_BTHd.astype(cache[0].dtype), index, axis=1)
             value_BTHd = jax.lax.dynamic_update_slice_in_dim(cache[1], value_BTHd.astype(cache[1].dtype), index, axis=1)
             cache = (key_BTHd, value_BTHd)
-        out_BSHd = _attend(query_BSHd, key_BTHd.astype(dtype), value_BTHd.astype(dtype), mask_BST,
-                            config.head_dim**-0.5 if config.scaled_attention else 1.0)
+        scale = config.head_dim**-0.5 if config.scaled_attention else 1.0
+        if segment_ids_BS is None:
+            out_BSHd = _attend(query_BSHd, key_BTHd.astype(dtype), value_BTHd.astype(dtype), mask_BST, scale)
+        elif uses_splash(config, x_BSD.shape[1], required=cache is None):
+            out_BSHd = splash(query_BSHd, key_BSHd, value_BSHd, segment_ids_BS, scale)
+        else:
+            out_BSHd = _attend(query_BSHd, key_BSHd, value_BSHd, mask_BST[:, :, : x_BSD.shape[1]], scale)
         y_BSD = product(out_BSHd, gathered(self.w_out_HdD[...], "HdD", dtype), "BSHd,HdD->BSD",
                         spec("BSD", ACTIVATIONS))
         return y_BSD, cache
+
+
+def uses_splash(config: ModelConfig, length: int, required: bool = True) -> bool:
+    """Whether self-attention over ``length`` tokens runs by the kernel, in the program that is being traced.
+
+    Args:
+      required: refuse where model.attention='splash' cannot be. Not of prompts, which have any length.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    if config.attention == "plain":
+        return False
+    why = unfit(length, config.head_dim, lowering_platform())
+    if why and required and config.attention == "splash":
+        raise ConfigError(f"model.attention='splash': {why}; 'auto' then takes the plain one.")
+    return not why
 
 
 def _attend(query_BSHd, key_BTHd, value_BTHd, mask_BST, scale):
