@@ -102,8 +102,9 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
     """Refuses a mesh over which a sharded dimension does not divide evenly."""
     for key, value, axis in _sharded_dimensions(config):
         if value % sizes[axis]:
-            # What another size leaves over goes to `data`.
-            common = _common_divisor(config, axis, sizes["data"] * sizes[axis])
+            # What another size leaves over goes to `data`, and to `expert` where that is automatic.
+            free = {axis, "data"} | ({"expert"} if config.mesh.expert == 0 else set())
+            common = _common_divisor(config, axis, math.prod(sizes[name] for name in free))
             rest = " (mesh.data=0 fills in the rest)" if config.mesh.data else ""
             raise ConfigError(f"{key}={value} does not divide over mesh.{axis}={sizes[axis]}; nearest legal values of "
                               f"{key}: {nearest_multiples(value, sizes[axis])}; of mesh.{axis}: "
