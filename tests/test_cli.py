@@ -12,7 +12,7 @@ from running import REPOSITORY, moe_jax, overrides, read_json, run_here, write_c
 from moe_jax import cli
 
 __all__ = ["moe_jax"]
-COMMANDS = ("train", "eval", "generate", "report")
+COMMANDS = ("train", "eval", "generate", "report", "place")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,8 @@ def test_the_help_of_a_command_explains_every_option_and_its_default(capsys, com
                         "--batches": "(default: all of them)"},
                "generate": {"--max-tokens": "(default: 200)", "--temperature": "(default: 0.8)", "--top-k": "(default: 0)",
                             "--top-p": "(default: 1.0)", "--seed": "(default: 0)", "--prompt": "(default: the empty text)"},
-               "report": {}}[command]
+               "report": {}, "place": {"--nodes": "(default: 1)", "--redundant": "(default: 0)",
+                                       "--out": "(default: placement.json)"}}[command]
     for option, default in options.items():
         assert default in text.split(f" {option} ", 2)[-1], option
 

@@ -200,7 +200,7 @@ def test_commands_and_their_options_exist(path):
             named = {word.split("=")[0] for word in words if word.startswith("-") and not word.startswith("--config.")}
             assert named <= options(parser), (program, words)
             if program != "python -m benchmarks.train_step" and words and words[0].isalpha():
-                assert words[0] in ("train", "eval", "generate", "report"), words
+                assert words[0] in ("train", "eval", "generate", "report", "place", "plan"), words
     for piece in code(path):
         if re.match(r"--(?!config\.)\w", piece):
             assert re.match(r"--[\w-]+", piece).group() in everything, piece
