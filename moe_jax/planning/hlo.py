@@ -120,11 +120,12 @@ def _collective(kind, computation, instruction, times, naming, started, overlapp
         axes, devices = naming.of_pairs(_lists(pairs.group(1)) if pairs else [])
     else:
         axes, devices = naming.of_groups(replica_groups(instruction.rest, naming.devices))
-    return Collective(kind, axes, _dtypes(shapes), _sent(kind, sum(map(size_in_bytes, shapes)), devices), _plain(shapes),
+    return Collective(kind, axes, _dtypes(shapes), sent_bytes(kind, sum(map(size_in_bytes, shapes)), devices), _plain(shapes),
                       times, started, overlapped, _scope(instruction), devices)
 
 
-def _sent(kind: str, size: int, devices: int) -> int:
+def sent_bytes(kind: str, size: int, devices: int) -> int:
+    """What one of ``devices`` sends where each brings data of ``size`` bytes; see :attr:`Collective.bytes`."""
     if kind == "collective-permute":
         return size if devices > 1 else 0
     if kind == "all-gather":
@@ -161,7 +162,7 @@ def _between_slices(program, schedule, place, times, naming) -> Collective:
     axes, devices = naming.between_slices()
     shape = arrays(send.shape)[0]
     text = f"{shape[0]}[{','.join(map(str, shape[1]))}]"
-    return Collective(kind, axes, shape[0], _sent(kind, size_in_bytes(text), devices), text, times, True,
+    return Collective(kind, axes, shape[0], sent_bytes(kind, size_in_bytes(text), devices), text, times, True,
                       _computes(program, schedule[place + 1:done]), _scope(send), devices, True)
 
 

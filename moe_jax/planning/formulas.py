@@ -1,0 +1,361 @@
+"""What one step of a config needs, by formula: no compiler, no devices, seconds for any model.
+
+Parameters and optimizer state are exact: shapes and shardings of the real state. Floating-point operations and collectives
+follow from what the layers do (:mod:`moe_jax.planning.formula_collectives`). Activations are an estimate: which arrays live
+at the same time is the compiler's choice; tests/test_formulas.py says how near it comes.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.config import Config
+from moe_jax.models.decoder import layer_pattern
+from moe_jax.nn.activations import activation
+from moe_jax.nn.splash import unfit
+from moe_jax.planning.hlo import Collective
+from moe_jax.planning.slices import Slice
+from moe_jax.routing import ROUTERS
+from moe_jax.sharding import TOKEN_AXES
+from moe_jax.training.flops import (
+    computed_choices, count_parameters, forward_flops_per_token, group_tokens, hardware_flops_per_token,
+    training_flops_per_token)
+from moe_jax.training.state import initial_state, state_specs
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """One step by formula. Bytes are of one device, FLOPs of all devices.
+
+    Attributes:
+      step: 'train', 'prefill' or 'decode'.
+      parameters_total, parameters_active: of the model; active per token.
+      memory_bytes: what lies in a device's memory at the fullest moment, by name.
+      kv_cache_bytes: of one device; 0 in training.
+      model_flops: of the active parameters, as MFU counts.
+      hardware_flops: with slots of buffers that stay empty, hidden scores and recomputation.
+      collectives: of one device, as a compiled program would list them; those of a few numbers are left out.
+    """
+
+    step: str
+    parameters_total: int
+    parameters_active: int
+    memory_bytes: dict[str, int]
+    kv_cache_bytes: int
+    model_flops: float
+    hardware_flops: float
+    collectives: tuple[Collective, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
+
+
+def estimate(config: Config, slice_: Slice, sizes: dict[str, int], step: str = "train") -> Estimate:
+    """One ``step`` ('train', 'prefill', 'decode') on a slice whose mesh axes have ``sizes``.
+
+    As :func:`moe_jax.planning.compiled.compile_step`, which compiles the same: ``data.batch_size`` rows of
+    ``data.sequence_length`` tokens, or one token more for each. ``config.model.vocab_size`` must be given.
+    """
+    from moe_jax.planning.formula_collectives import step_collectives
+
+    share = Share.of(config, sizes, step)
+    state = state_leaves(config, sizes)
+    count = count_parameters(config, config.model.vocab_size)
+    cache = _cache_bytes(config, share) if step != "train" else 0
+    memory = _training_memory(config, share, state) if step == "train" else _inference_memory(config, share, state, cache)
+    model_flops, hardware_flops = _flops(config, share, step)
+    return Estimate(step, count.total, count.active, memory, cache, model_flops, hardware_flops,
+                    step_collectives(config, slice_, share, state))
+
+
+# A device's share
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What of one step one device computes at once: one microbatch of training, a prompt, or one token of each row.
+
+    Attributes:
+      sizes: of the mesh axes.
+      step: see :func:`estimate`.
+      rows, length: sequences, and tokens of each.
+      dispatch: the dispatcher that runs.
+      passes: how often the layers run forward: 2 where the backward pass runs them again.
+      splash: attention runs by the kernel.
+      item: bytes of a number in the compute dtype.
+    """
+
+    sizes: dict[str, int]
+    step: str
+    rows: int
+    length: int
+    dispatch: str
+    passes: int
+    splash: bool
+    item: int
+
+    @classmethod
+    def of(cls, config: Config, sizes: dict[str, int], step: str) -> "Share":
+        training = step == "train"
+        batch = config.data.batch_size // (config.training.microbatches if training else 1)
+        length = 1 if step == "decode" else config.data.sequence_length
+        shards = math.prod(sizes[axis] for axis in TOKEN_AXES)
+        # The formulas are of a program for TPUs, whatever this machine is.
+        fits = config.model.attention != "plain" and not unfit(length, config.model.head_dim, "tpu")
+        return cls(sizes, step, -(-batch // shards), length, config.moe.dispatch if training else "dropless",
+                   2 if training and config.model.remat != "none" else 1, fits and step != "decode",
+                   jnp.dtype(config.model.dtype).itemsize)
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    def axes(self, *names: str) -> tuple[str, ...]:
+        """Those of the axes that have more than one device."""
+        return tuple(name for name in names if self.sizes[name] > 1)
+
+    def devices(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    def slots(self, config: Config) -> int:
+        """Rows that this device's experts compute in one MoE layer: filled or not."""
+        moe, sizes = config.moe, self.sizes
+        if self.dispatch == "reference":
+            return self.tokens * moe.num_experts
+        if self.dispatch == "dropless":
+            return math.ceil(self.tokens * computed_choices(config))
+        tokens = group_tokens(config)
+        capacity = ROUTERS[moe.router].capacity(tokens, moe, moe.capacity_factor)
+        # [G_(data,fsdp,expert), E, C] and [G_(data,fsdp), E_expert, C] hold as many.
+        return self.tokens // tokens * moe.num_experts * capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of the state: its path, shape and dtype, and how it lies on the mesh."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    itemsize: int
+    spec: P
+    sizes: dict[str, int]
+
+    def parts(self, *without: str) -> int:
+        """Devices that share it, those along the axes ``without`` left out."""
+        axes = [axis for entry in self.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+        return math.prod(self.sizes[axis] for axis in axes if axis not in without)
+
+    @property
+    def numbers(self) -> int:
+        """On one device."""
+        return math.prod(self.shape) // self.parts()
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * self.itemsize
+
+    @property
+    def repeats(self) -> int:
+        """Layers that are stacked in it."""
+        return self.shape[0] if self.path[:2] == ("params", "body") else 1
+
+
+def state_leaves(config: Config, sizes: dict[str, int]) -> dict[str, list[Leaf]]:
+    """The arrays of the training state by its entries (``params``, ``opt_state`` …), nothing allocated."""
+    shapes = jax.eval_shape(lambda: initial_state(config, config.model.vocab_size))
+    specs = state_specs(shapes)
+    found: dict[str, list[Leaf]] = {}
+
+    def add(path, leaf, spec):
+        names = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+        # A key is two 32-bit numbers.
+        size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        found.setdefault(names[0], []).append(Leaf(names, leaf.shape, size, spec, sizes))
+
+    jax.tree_util.tree_map_with_path(add, shapes, specs)
+    return found
+
+
+# Memory
+
+
+def _training_memory(config: Config, share: Share, state: dict[str, list[Leaf]]) -> dict[str, int]:
+    """Parameters, optimizer state and the rest of the state; gradients; and the activations of the fullest moment: when
+    the loss is formed, or inside the backward pass of one block of layers."""
+    total = lambda name: sum(leaf.bytes for leaf in state.get(name, ()))
+    rest = sum(total(name) for name in state if name not in ("params", "opt_state"))
+    # Gradients are of the compute dtype until the optimizer reads them; accumulated ones are fp32.
+    gradients = sum(leaf.numbers * min(share.item, leaf.itemsize) for leaf in state["params"])
+    accumulated = total("params") if config.training.microbatches > 1 else 0
+    kept, block, table = _kept_bytes(config, share), _block_bytes(config, share), _table_bytes(config, share, state)
+    loss = table + _logits_bytes(config, share)
+    body = gradients + block + _gathered_bytes(share, state)
+    # Where the loss is formed there are no gradients of this microbatch yet.
+    working = max(loss, body) - gradients if loss > body else body - gradients
+    return {"parameters": total("params"), "optimizer state": total("opt_state"), "other state and batch":
+            rest + _batch_bytes(config, share), "gradients": gradients + accumulated, "activations kept": kept,
+            "activations at work": max(working, 0)}
+
+
+def _inference_memory(config, share, state, cache):
+    params = sum(leaf.bytes for leaf in state["params"])
+    last = share.tokens * config.model.vocab_size // share.sizes["tensor"] * 4
+    layer = max(_layer_bytes(config, share, is_moe) for is_moe in set(_pattern(config)))
+    work = max(layer + _gathered_bytes(share, state), _table_bytes(config, share, state) + last)
+    return {"parameters": params, "key/value cache": cache, "other state and batch": share.tokens * 8,
+            "activations at work": work}
+
+
+def _batch_bytes(config, share):
+    """Six int32 arrays and one of bool, of all microbatches."""
+    return share.tokens * config.training.microbatches * (6 * 4 + 1)
+
+
+def _cache_bytes(config: Config, share: Share) -> int:
+    model = config.model
+    heads = model.num_kv_heads // share.sizes["tensor"]
+    return 2 * model.num_layers * share.rows * config.data.sequence_length * heads * model.head_dim * share.item
+
+
+def _pattern(config: Config) -> tuple[bool, ...]:
+    return tuple(i in config.moe_layers for i in range(config.model.num_layers))
+
+
+def blocks(config: Config) -> list[tuple[tuple[bool, ...], int]]:
+    """((is MoE, per layer), how often) of the blocks that are rematerialised as one, in order."""
+    layers = _pattern(config)
+    prefix, period, repeats = layer_pattern(layers) if config.model.scan_layers else (0, len(layers), 1)
+    body = layers[prefix:prefix + period]
+    return [*(((m,), 1) for m in layers[:prefix]), (body, repeats), *(((m,), 1) for m in layers[prefix + period * repeats:])]
+
+
+def _kept_bytes(config, share):
+    """What waits for the backward pass: with rematerialisation the input of every block, and products for 'dots'."""
+    stream = share.tokens * config.model.d_model * share.item
+    if config.model.remat == "none":
+        return sum(repeats * sum(_layer_bytes(config, share, m) for m in layers) for layers, repeats in blocks(config))
+    kept = sum(repeats for _, repeats in blocks(config)) * stream
+    if config.model.remat == "dots":
+        kept += sum(_product_bytes(config, share, m) for m in _pattern(config))
+    return kept
+
+
+def _block_bytes(config, share):
+    """The most that the backward pass of one block has at work: its activations – kept already without rematerialisation –
+    and the gradients of one layer's, which are as large again."""
+    most = 0
+    for layers, _ in blocks(config):
+        recomputed = sum(_layer_bytes(config, share, m) for m in layers) if config.model.remat != "none" else 0
+        most = max(most, recomputed + max(_hidden_bytes(config, share, m) for m in layers))
+    return most
+
+
+def _layer_bytes(config: Config, share: Share, is_moe: bool) -> int:
+    """Activations of one layer that its backward pass reads."""
+    model, tensor = config.model, share.sizes["tensor"]
+    stream = share.tokens * model.d_model * share.item
+    heads, kv_heads = model.num_heads // tensor, model.num_kv_heads // tensor
+    # Two normed inputs and the stream between them; queries and keys before and after the rotation, values, the output.
+    attention = 3 * stream + share.tokens * model.head_dim * (3 * heads + 3 * kv_heads) * share.item
+    if not share.splash:
+        keys = config.data.sequence_length
+        attention += share.rows * heads * share.length * keys * (4 + share.item)  # fp32 and, for the product, rounded
+    return attention + _hidden_bytes(config, share, is_moe)
+
+
+def _hidden_bytes(config: Config, share: Share, is_moe: bool) -> int:
+    """The feed-forward part: every branch and the hidden layer; of experts also their buffers, on the way there and back."""
+    model, moe, tensor = config.model, config.moe, share.sizes["tensor"]
+    dense = lambda width, name: share.tokens * width // tensor * len(activation(name).branches + ("h",)) * share.item
+    if not is_moe:
+        return dense(model.d_ff, model.activation)
+    width = max(width for width, _ in moe.width_classes)
+    rows = share.slots(config)
+    total = rows * width // tensor * len(activation(moe.activation).branches + ("h",)) * share.item
+    total += 4 * rows * model.d_model * share.item  # filled, exchanged; computed, returned
+    total += share.tokens * math.ceil(computed_choices(config)) * model.d_model * 4  # what each token gets back, fp32
+    if moe.residual_ffn != "none":
+        total += dense(model.d_ff, model.activation)
+    if moe.num_shared_experts:
+        total += dense(moe.num_shared_experts * moe.d_ff, moe.activation)
+    return total
+
+
+def _product_bytes(config, share, is_moe):
+    """Results of products with weights, which remat='dots' keeps."""
+    model, moe, tensor = config.model, config.moe, share.sizes["tensor"]
+    attention = share.tokens * (model.head_dim * (model.num_heads + 2 * model.num_kv_heads) // tensor + model.d_model)
+    if not is_moe:
+        return (attention + share.tokens * (len(activation(model.activation).branches) * model.d_ff // tensor
+                                            + model.d_model)) * share.item
+    width = max(width for width, _ in moe.width_classes)
+    rows = share.slots(config)
+    experts = rows * (len(activation(moe.activation).branches) * width // tensor + model.d_model)
+    return (attention + experts) * share.item
+
+
+def _logits_bytes(config, share):
+    """Logits, their gradient, and that in the compute dtype."""
+    return share.tokens * config.model.vocab_size // share.sizes["tensor"] * (4 + 4 + share.item)
+
+
+def _table_bytes(config, share, state):
+    """The tables complete along D; the one that rows are picked from is whole on every device."""
+    tables = {leaf.path[-1]: leaf for leaf in state["params"] if leaf.path[1] == "embedding"}
+    whole = math.prod(tables["embedding_VD"].shape)
+    logits = tables.get("w_logits_DV", tables["embedding_VD"])
+    return (whole + math.prod(logits.shape) // logits.parts("fsdp")) * share.item
+
+
+def _gathered_bytes(share, state):
+    """The weights of the layer that has most, complete along D, and their gradients before they are shared out."""
+    layers: dict[tuple[str, ...], int] = {}
+    for leaf in state["params"]:
+        if "fsdp" in leaf.spec and leaf.path[1] != "embedding":
+            place = leaf.path[: leaf.path.index("layers") + 2]
+            layers[place] = layers.get(place, 0) + math.prod(leaf.shape) // leaf.parts("fsdp") // leaf.repeats
+    return 2 * share.item * max(layers.values(), default=0)
+
+
+# Floating-point operations
+
+
+def _flops(config: Config, share: Share, step: str) -> tuple[float, float]:
+    """(model, hardware) of one step on all devices."""
+    data, vocab_size = config.data, config.model.vocab_size
+    if step != "train":
+        tokens = data.batch_size * share.length
+        context = data.sequence_length if step == "prefill" else 2 * data.sequence_length  # all keys, not half of them
+        forward = forward_flops_per_token(config, vocab_size, context) * tokens
+        return forward, forward + tokens * (_hidden_scores(config, share) if step == "prefill" else 0)
+    tokens = config.tokens_per_step
+    model = training_flops_per_token(config, vocab_size) * tokens
+    hardware = hardware_flops_per_token(config, vocab_size)
+    extra = _hidden_scores(config, share) + _one_hot(config, share)
+    layers = hardware / 3 - 2 * config.model.d_model * vocab_size
+    hardware += 3 * extra
+    if config.model.remat == "block":
+        hardware += layers + extra
+    elif config.model.remat == "dots":  # what is not a product with weights: scores and values
+        hardware += 2 * config.model.num_layers * config.model.num_heads * config.model.head_dim * data.sequence_length + extra
+    return model, hardware * tokens
+
+
+def _hidden_scores(config, share):
+    """Per token: plain attention also computes the half of the scores that nobody may see."""
+    model = config.model
+    return 0 if share.splash else 2 * model.num_layers * model.num_heads * model.head_dim * config.data.sequence_length
+
+
+def _one_hot(config, share):
+    """Per token: filling and emptying buffers by products with one-hot matrices."""
+    if share.dispatch != "einsum" or not config.moe_layers:
+        return 0
+    moe, tokens = config.moe, group_tokens(config)
+    slots = moe.num_experts * ROUTERS[moe.router].capacity(tokens, moe, moe.capacity_factor)
+    return len(config.moe_layers) * (2 * 2 * slots * config.model.d_model + 2 * 2 * tokens * slots * moe.experts_per_token)
