@@ -12,7 +12,8 @@ from running import (
 from moe_jax.analysis import report
 from moe_jax.nn.moe import RoutingMode
 from moe_jax.training import loop
-from moe_jax.training.run import RunError, open_run
+from moe_jax.training.processes import ProcessError
+from moe_jax.training.run import open_run
 
 __all__ = ["moe_jax"]
 
@@ -311,7 +312,7 @@ def test_which_evaluations_are_causal(corpus):
     assert mode_is_causal("gather", moe__num_experts=0)
 
 
-def test_several_processes_are_refused_rather_than_fed_every_row_twice(corpus, tmp_path, monkeypatch):
+def test_several_processes_that_did_not_join_are_refused_rather_than_fed_every_row_twice(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(RunError, match="2 processes: runs over several processes are not supported yet"):
+    with pytest.raises(ProcessError, match="2 processes, but JAX's coordination service was not started: pass --distributed"):
         open_run(config_of(corpus), tmp_path)

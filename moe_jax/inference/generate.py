@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from moe_jax.config import Config
 from moe_jax.nn.moe import RoutingMode
 from moe_jax.sharding import TOKEN_AXES, compiler_options
+from moe_jax.training import processes
 from moe_jax.training.state import model_graph
 
 # Prompts are padded on the left to a multiple of this, so that few lengths have to be compiled.
@@ -76,6 +77,7 @@ def generate(params: Any, config: Config, vocab_size: int, prompts: list[list[in
         ids_BS[row, width - len(prompt):] = prompt
         valid_BS[row, width - len(prompt):] = True
     run = _compiled(config, vocab_size, max_tokens, sampling, eos_id, used_ids or vocab_size)
+    run = processes.compiled_together(run, "generation")
     if bias_LE is None:
         bias_LE = jnp.zeros((len(config.moe_layers), max(1, config.moe.num_routed_experts)), jnp.float32)
     out_BT = np.asarray(jax.device_get(run(params, ids_BS, valid_BS, bias_LE, jax.random.key(seed), prompt_hash_B)))

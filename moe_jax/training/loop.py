@@ -117,7 +117,7 @@ def train(config: Config, workdir: str, allow_config_change: bool = False) -> pa
             trainer.finish()
         finally:
             trainer.close()
-            processes.at("the end of training", math.inf)
+    processes.at("the end of training", math.inf)
     log.info("Done in %.0f s. Report: %s", time.monotonic() - started, report)
     return report
 
@@ -164,7 +164,7 @@ class _Trainer:
             self.state["skipped"] = self.state["skipped"] * 0
         self.skipped = int(self.state["skipped"])
         record_config(run.workdir, config)
-        self.train_step = jitted_train_step(config, run.vocab_size)
+        self.train_step = processes.compiled_together(jitted_train_step(config, run.vocab_size), "the training step")
         self.evaluator = Evaluator(config, run.vocab_size, run.data.vocabulary.bytes_per_token_V, run.data.domains, run.mesh)
         self.writer = MetricsWriter(run.workdir, config.training.tensorboard, config.training.wandb,
                                     None if restored is None else self.step, config.to_dict())
@@ -458,6 +458,7 @@ def final_evaluation(trainer: _Trainer) -> tuple[dict[str, Any], dict[str, np.nd
     evaluation = {"step": trainer.step, **summary, "dispatch": config.moe.eval_dispatch if config.moe_layers else "dense"}
     if processes.index() == 0:  # counting on the host, for the file that process 0 writes
         evaluation |= {"documents": _num_documents(trainer.batches()), "baselines": baselines(trainer, summary)}
+    processes.barrier("the baselines are counted", processes.PREPARING)
     if not config.moe_layers:
         return evaluation, {}
     if not RoutingMode.evaluation(config).is_causal(config):

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import pathlib
 import socket
@@ -33,6 +34,7 @@ log = logging.getLogger("moe_jax")
 TIMEOUT = 300.0  # seconds at one place: a step, a barrier
 COMPILING = 3600.0  # a place where a program may be compiled
 PREPARING = 6 * 3600.0  # a place where a corpus may be read, or a report made
+SHARED_WITHIN = 15.0  # until one host sees what another wrote to a network file system
 _SHUTDOWN = 30.0
 
 
@@ -237,7 +239,7 @@ def _say_goodbye(why: str) -> None:
                 return
             time.sleep(0.1)
 
-    cluster.watch.at("its end", longest + _SHUTDOWN)
+    cluster.watch.at("its end", math.inf)  # the watch has nothing more to say
     talking = threading.Thread(target=talk, daemon=True)  # the service itself may be what is missing
     talking.start()
     talking.join(longest + 1)
@@ -325,6 +327,27 @@ def _missing_at(cluster: _Cluster, name: str, key: str, seconds: float, error: E
         + "; ".join(cluster.watch.describe(i) for i in absent[:4])
         + (f"; and {len(absent) - 4} more" if len(absent) > 4 else "")
         + ". Its output says more; --timeout=… waits longer.")
+
+
+def compiled_together(function: Callable, name: str) -> Callable:
+    """A function of ``jax.jit``, for arguments of one shape; as it is where there is one process.
+
+    Of several, each compiles it at its first call, and none runs it before all have: a collective between CPUs waits 30 s
+    for a late peer and then fails (that limit is the library's), and compiling may take longer on one host.
+    """
+    if not several():
+        return function
+    compiled = None
+
+    def call(*operands):
+        nonlocal compiled
+        if compiled is None:
+            with place(f"compiling {name}", COMPILING):
+                compiled = function.lower(*operands).compile()
+            barrier(f"{name} is compiled", COMPILING)
+        return compiled(*operands)
+
+    return call
 
 
 def gather(name: str, value: Any) -> list[Any]:
@@ -415,7 +438,7 @@ def require_shared(folder: pathlib.Path) -> None:
         return token
 
     token = of_process_0("the run directory's sign", write)
-    until = time.monotonic() + 15  # a network file system may take some seconds
+    until = time.monotonic() + SHARED_WITHIN
     while not (seen := _reads(sign, token)) and time.monotonic() < until:
         time.sleep(0.2)
     sees = gather("the run directory", seen)

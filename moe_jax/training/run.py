@@ -202,30 +202,30 @@ def _lock(file, workdir: pathlib.Path) -> None:
 
 
 def open_run(config: Config, workdir: pathlib.Path) -> Run:
-    """Puts the mesh in place (``jax.set_mesh``) and opens the data. Compiled programs are kept in the workdir."""
+    """Puts the mesh in place (``jax.set_mesh``) and opens the data. Compiled programs are kept in the workdir.
+
+    Raises:
+      ConfigError, CorpusError. ProcessError: several processes that are not joined, or that find different data.
+    """
+    prepares_data = processes.is_first_of_host()
     sizes = resolve_mesh(config, jax.device_count())
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     mesh = make_mesh(sizes, slice_axis=config.mesh.slice_axis)
     jax.set_mesh(mesh)
-    data = _open_data_in_turns(config, workdir)
+    data = _open_data_in_turns(config, workdir, prepares_data)
     return Run(config, workdir, mesh, data, table_size(config, data.vocabulary.vocab_size))
 
 
-def _open_data_in_turns(config: Config, workdir: pathlib.Path) -> Data:
-    """The data; where a host has several processes, the first prepares what is missing and the others find it.
-
-    Raises:
-      ProcessError: the processes found different data.
-    """
-    is_first = processes.is_first_of_host()
+def _open_data_in_turns(config: Config, workdir: pathlib.Path, is_first: bool) -> Data:
+    """The data; where a host has several processes, the first prepares what is missing and the others find it."""
     with processes.place("preparing the data", processes.PREPARING):
         data = open_data(config.data, str(workdir)) if is_first else None
     processes.barrier("the data is prepared", processes.PREPARING)
     with processes.place("opening the data", processes.PREPARING):
         data = open_data(config.data, str(workdir)) if data is None else data
-    processes.require_equal("the data", {f"the data of {config.data.source!r}": data.fingerprint})
+    processes.require_equal("the data is opened", {f"the data of {config.data.source!r}": data.fingerprint})
     return data
 
 
