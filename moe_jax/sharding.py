@@ -9,6 +9,7 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -149,24 +150,26 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None,
     Raises:
       ConfigError: that axis does not divide over the slices.
     """
-    count = math.prod(sizes.values())
-    devices = jax.devices()[:count] if devices is None else list(devices)
+    devices = jax.devices()[: math.prod(sizes.values())] if devices is None else list(devices)
+    return jax.sharding.Mesh(placed(sizes, devices, slice_axis), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def placed(sizes: dict[str, int], devices: list[Any], slice_axis: str = "data") -> np.ndarray:
+    """The devices as :func:`make_mesh` lays them out, an array with a dimension for each of :data:`AXES`."""
     shape = tuple(sizes[axis] for axis in AXES)
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     # Split: an axis may be a part of one side of the torus, as is 8 of 4x4x4. (jax.make_mesh refuses that on v4 and v5p.)
     if slices == 1:
-        places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    elif sizes[slice_axis] % slices:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if sizes[slice_axis] % slices:
         others = " or ".join(repr(axis) for axis in AXES if sizes[axis] % slices == 0)
         raise ConfigError(f"mesh.{slice_axis}={sizes[slice_axis]} does not divide over {slices} slices, and no other axis "
                           f"reaches from slice to slice; nearest legal values: "
                           f"{nearest_multiples(sizes[slice_axis], slices)}"
                           f"{f'; or mesh.slice_axis={others}' if others else ''}.")
-    else:
-        across = tuple(slices if axis == slice_axis else 1 for axis in AXES)
-        inside = tuple(size // number for size, number in zip(shape, across))
-        places = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(places, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    across = tuple(slices if axis == slice_axis else 1 for axis in AXES)
+    inside = tuple(size // number for size, number in zip(shape, across))
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def gathered(weight: jax.Array, letters: str, dtype: jnp.dtype) -> jax.Array:

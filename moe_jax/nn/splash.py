@@ -10,7 +10,7 @@ from moe_jax.sharding import TOKEN_AXES
 # The kernel's lanes: lengths are multiples of it.
 _LANES = 128
 
-# Queries and keys per step of the kernel, largest first.
+# What it may take at a time, largest first.
 _BLOCKS = (512, 256, 128)
 
 
@@ -53,14 +53,18 @@ def splash(query_BSHd: jax.Array, key_BSHd: jax.Array, value_BSHd: jax.Array, se
         *(jax.reshard(x, heads) for x in (query_BSHd, key_BSHd, value_BSHd)), jax.reshard(segment_ids_BS, rows))
 
 
+def block_of(length: int) -> int:
+    """Queries, and keys, that the kernel takes at a time."""
+    return next(size for size in _BLOCKS if length % size == 0)
+
+
 def _kernel(heads, length, interpret):
     """``(q_HSd, k_hSd, v_hSd, segment_ids_S) -> out_HSd`` with its gradient."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
-    block = next(size for size in _BLOCKS if length % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq",
              "block_kv_dq")
     mask = library.MultiHeadMask([library.CausalMask((length, length)) for _ in range(heads)])
     kernel = library.make_splash_mha(mask, head_shards=1, q_seq_shards=1, interpret=interpret,
-                                     block_sizes=library.BlockSizes(**dict.fromkeys(names, block)))
+                                     block_sizes=library.BlockSizes(**dict.fromkeys(names, block_of(length))))
     return lambda q, k, v, ids: kernel(q, k, v, library.SegmentIds(q=ids, kv=ids))

@@ -12,6 +12,7 @@ from typing import Any, Callable
 
 from moe_jax.config import Config, ConfigError
 from moe_jax.planning.hlo import Collective, collectives
+from moe_jax.planning.operations import work
 from moe_jax.planning.program import estimated_cycles
 from moe_jax.planning.slices import PlanError, Slice, tpu_devices
 
@@ -40,12 +41,13 @@ class CompiledStep:
         between.
       aliased_bytes: of the output, written over arguments that are no longer needed.
       peak_bytes: arguments, outputs that have a place of their own, and temporaries: what a device must have.
-      flops: per device and step, as compiled: with recomputation, capacity padding and replicated work. Products inside
-        Pallas kernels count as their authors declare them.
+      flops: of products, per device and step, as compiled: with recomputation, padded buffers and replicated work
+        (:mod:`moe_jax.planning.operations`).
+      kernel_flops: the part of them in Pallas kernels (attention, grouped products), as declared or by formula.
+      uncounted_kernels: names of kernels whose FLOPs are not known.
       bytes_accessed: per device and step, to and from memory, as compiled.
-      cycles: the compiler's own estimate for one device; None where it makes none.
+      cycles: the compiler's own estimate for one device, without kernels and most collectives; None where it makes none.
       collectives: see :mod:`moe_jax.planning.hlo`.
-      kernels: calls of Pallas kernels in the program's text (attention, grouped products).
       lower_seconds, compile_seconds: tracing and lowering; the compiler.
     """
 
@@ -56,10 +58,11 @@ class CompiledStep:
     aliased_bytes: int
     peak_bytes: int
     flops: float
+    kernel_flops: float
+    uncounted_kernels: tuple[str, ...]
     bytes_accessed: float
     cycles: float | None
     collectives: tuple[Collective, ...]
-    kernels: int
     lower_seconds: float
     compile_seconds: float
 
@@ -89,7 +92,7 @@ def compile_step(config: Config, slice_: Slice, sizes: dict[str, int], step: str
 
     from moe_jax.sharding import make_mesh
 
-    mesh = make_mesh(sizes, devices)
+    mesh = make_mesh(sizes, devices, config.mesh.slice_axis)
     with jax.set_mesh(mesh):
         say(f"tracing the {step} step")
         start = time.monotonic()
@@ -153,12 +156,18 @@ def _refused(error, slice_):
 
 
 def _read(program, mesh, step, lowering, compiling):
-    memory, cost, text = program.memory_analysis(), program.cost_analysis() or {}, program.as_text()
+    memory, text = program.memory_analysis(), program.as_text()
+    done = work(text)
     return CompiledStep(
         step=step, arguments_bytes=memory.argument_size_in_bytes, output_bytes=memory.output_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes, aliased_bytes=memory.alias_size_in_bytes,
         peak_bytes=(memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
                     + memory.temp_size_in_bytes),
-        flops=cost.get("flops", 0.0), bytes_accessed=cost.get("bytes accessed", 0.0), cycles=estimated_cycles(text),
-        collectives=collectives(text, mesh), kernels=text.count('custom_call_target="tpu_custom_call"'),
+        flops=done.flops, kernel_flops=done.kernel_flops, uncounted_kernels=tuple(sorted(done.uncounted_kernels)),
+        bytes_accessed=done.bytes, cycles=_usable(estimated_cycles(text)), collectives=collectives(text, mesh),
         lower_seconds=lowering, compile_seconds=compiling)
+
+
+def _usable(cycles):
+    """None where one instruction's estimate is 2^64 - 1 or nearly: the compiler's way to say that it has none."""
+    return None if cycles is None or cycles >= 2**60 else float(cycles)

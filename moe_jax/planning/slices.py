@@ -33,6 +33,7 @@ class Chip:
       ici_bytes_per_second: of one link between neighbouring chips, in one direction.
       ici_links: of a chip; two for each dimension of the torus.
       dcn_bytes_per_second: a chip's share of its host's network cards, in one direction: between slices.
+      clock_hz: of the cores.
       devices_per_chip: JAX devices. v4 and v5p run their two cores as one device (megacore), tpu7x has two devices.
     """
 
@@ -43,6 +44,7 @@ class Chip:
     ici_bytes_per_second: float
     ici_links: int
     dcn_bytes_per_second: float
+    clock_hz: float
     devices_per_chip: int = 1
 
     @property
@@ -75,26 +77,30 @@ _CUBIC = ((1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _GIB = 2**30
 
 
-def _chip(name, device_kind, gib, hbm, ici, links, dcn, devices=1):
-    # The peak is that of the table by which a run's MFU is told.
-    return Chip(name, peak_flops_per_device(device_kind)[0] * devices, int(gib * _GIB), hbm, ici, links, dcn, devices)
+def _chip(name, device_kind, gib, hbm, ici, links, dcn, matrix_units, devices=1):
+    # The peak is that of the table by which a run's MFU is told. A matrix unit is given by its side; its elements each do a
+    # multiply-add per cycle.
+    count, side = matrix_units
+    peak = peak_flops_per_device(device_kind)[0]
+    return Chip(name, peak * devices, int(gib * _GIB), hbm, ici, links, dcn, peak / (2 * count * side**2), devices)
 
 
 # Memory: what libtpu 0.0.42 says is available when it refuses a program; Google's pages, docs.cloud.google.com/tpu/docs/
 # {v4,v5e,v5p,v6e,tpu7x}, say 32, 16, 95, 32 and 192 GB, of which the runtime keeps some. Bandwidths of memory, of one link
 # one way and of the data-centre network: Austin et al. 2025, How to Scale Your Model (jax-ml.github.io/scaling-book/tpus,
 # "TPU specs"); its links are 0.9 of the nominal figure on Google's pages (v5p: 1200 GB/s = 6 links x 2 ways x 100 GB/s).
-# Shapes: the same pages of Google's, "Configurations". What the number in a name counts: v4 and v5p TensorCores ("v5p-128
+# Matrix units of a device: the same pages; where they differ (v6e: 2 or 4), and for tpu7x, as many as libtpu's own estimates
+# of cycles need. Shapes: the same pages of Google's, "Configurations". What the number in a name counts: v4 and v5p TensorCores ("v5p-128
 # is 4x4x4"), v5e and v6e chips, which have one core (the same pages); tpu7x TensorCores again (XPK and MaxText:
 # tpu7x-128 is 4x4x4).
 _FAMILIES = {family.chip.name: family for family in (
-    _Family(_chip("v4", "TPU v4", 30.75, 1.2e12, 4.5e10, 6, 6.25e9), "TPU v4", 2, _CUBIC, 4096,
+    _Family(_chip("v4", "TPU v4", 30.75, 1.2e12, 4.5e10, 6, 6.25e9, (8, 128)), "TPU v4", 2, _CUBIC, 4096,
             (("chip_config_name", "megacore"),)),
-    _Family(_chip("v5e", "TPU v5 lite", 15.75, 8.2e11, 4.5e10, 4, 3.125e9), "TPU v5 lite", 1, _SQUARE, 256),
-    _Family(_chip("v5p", "TPU v5", 95.74, 2.8e12, 9e10, 6, 6.25e9), "TPU v5", 2, _CUBIC, 6144,
+    _Family(_chip("v5e", "TPU v5 lite", 15.75, 8.2e11, 4.5e10, 4, 3.125e9, (4, 128)), "TPU v5 lite", 1, _SQUARE, 256),
+    _Family(_chip("v5p", "TPU v5", 95.74, 2.8e12, 9e10, 6, 6.25e9, (8, 128)), "TPU v5", 2, _CUBIC, 6144,
             (("chip_config_name", "megacore"),)),
-    _Family(_chip("v6e", "TPU v6 lite", 31.25, 1.6e12, 9e10, 4, 1.25e10), "TPU v6 lite", 1, _SQUARE, 256),
-    _Family(_chip("tpu7x", "TPU7x", 2 * 94.75, 7.4e12, 9e10, 6, 1.25e10, devices=2), "TPU7x", 2, _CUBIC, 9216),
+    _Family(_chip("v6e", "TPU v6 lite", 31.25, 1.6e12, 9e10, 4, 1.25e10, (4, 256)), "TPU v6 lite", 1, _SQUARE, 256),
+    _Family(_chip("tpu7x", "TPU7x", 2 * 94.75, 7.4e12, 9e10, 6, 1.25e10, (4, 256), devices=2), "TPU7x", 2, _CUBIC, 9216),
 )}
 _ALIASES = {"v5litepod": "v5e"}
 
@@ -199,6 +205,13 @@ def _by_chips(name: str) -> dict[int, tuple[int, ...]]:
     return {math.prod(shape): shape for shape in sorted(_shapes(name), key=sum, reverse=True)}
 
 
+def larger_slices(slice_: Slice) -> list[Slice]:
+    """Slices of the same kind, and as many of them, with more chips; ascending."""
+    name, most = slice_.chip.name, slice_.chips // slice_.num_slices
+    count = "" if slice_.num_slices == 1 else f"{slice_.num_slices}x "
+    return [parse_slice(f"{count}{name}:{_joined(shape)}") for chips, shape in sorted(_by_chips(name).items()) if chips > most]
+
+
 def _shape_of_size(text, family, size):
     cores, shapes = family.cores_per_chip, _by_chips(family.chip.name)
     if size % cores == 0 and size // cores in shapes:
@@ -249,6 +262,30 @@ def prepare_environment() -> None:
 
 def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class _StandIn:
+    """What laying out a mesh asks of a device."""
+
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int
+    slice_index: int
+    process_index: int
+    device_kind: str
+    platform: str = "tpu"
+
+
+def stand_ins(slice_: Slice) -> list[_StandIn]:
+    """As :func:`tpu_devices`, without libtpu: enough to lay out a mesh (:func:`moe_jax.sharding.placed`), not to compile."""
+    sides = (*slice_.shape, 1)[:3]
+    kind, cores, found = _FAMILIES[slice_.chip.name].device_kind, slice_.chip.devices_per_chip, []
+    for number in range(slice_.num_slices):
+        for z, y, x, core in itertools.product(*map(range, reversed(sides)), range(cores)):
+            host = (x // 2, y // 2, z, number)
+            found.append(_StandIn(len(found), (x, y, z), core, number, hash(host) % 2**31, kind))
+    return found
 
 
 def tpu_devices(slice_: Slice) -> list:
