@@ -87,13 +87,15 @@ def test_the_abstract_state_is_the_real_one_without_memory():
 
 
 @pytest.mark.slow
-def test_r12_the_same_seed_gives_the_same_state_on_every_mesh():
+def test_r12_b47_the_same_seed_gives_the_same_state_on_every_mesh_and_on_all_its_devices():
     def host(state):
         return jax.device_get({**state, "rng": jax.random.key_data(state["rng"])})
 
-    first, *others = (host(fresh(tuple(sizes.items()))) for sizes in MESHES)
-    for other in others:
+    states = [fresh(tuple(sizes.items())) for sizes in MESHES]
+    first, *others = map(host, states)
+    for other, state in zip(others, states[1:]):
         tiny.assert_equal(other, first)
+        tiny.assert_replicas_agree(state)
 
 
 def test_another_seed_gives_other_parameters():

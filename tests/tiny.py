@@ -197,6 +197,18 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
         np.testing.assert_allclose(actual[name], expected[name], rtol, atol, err_msg=name)
 
 
+def assert_replicas_agree(tree):
+    """Every device that holds a piece of an array holds the same piece, bit for bit."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        first = {}
+        for shard in leaf.addressable_shards:
+            piece = np.asarray(shard.data)
+            expected = first.setdefault(str(shard.index), piece)
+            np.testing.assert_array_equal(piece, expected, err_msg=f"{jax.tree_util.keystr(path)} on {shard.device}")
+
+
 def assert_equal(actual, expected):
     actual, expected = leaves(actual), leaves(expected)
     assert actual.keys() == expected.keys()
