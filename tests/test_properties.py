@@ -234,6 +234,29 @@ def test_b28_permuting_tokens_permutes_outputs_when_nobody_is_dropped(name, seed
     tiny.assert_close(vars(other.statistics), vars(routing.statistics), rtol=1e-5, atol=1e-5)
 
 
+# Experts in another order
+
+
+def gates_of_experts(name, training, arrays):
+    """Σ of the gates of each token's choices of each expert, [G, T, E]."""
+    routing, gate_GTE = routed(name, training, arrays), np.zeros((G, T, E + 1))
+    index_G1 = np.arange(G)[:, None]
+    np.add.at(gate_GTE, (index_G1, routing.token_N, np.minimum(routing.expert_N, E)), routing.gate_N)
+    return gate_GTE[:, :, :E]
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.moe.padding != "takes_slots"
+                                  and variant.chooses != "draw"])
+def test_experts_given_other_numbers_get_the_same_tokens_unless_their_number_has_a_meaning(name):
+    variant, arrays = VARIANTS[name], problem(VARIANTS[name], 3)
+    reversed_arrays = {key: value[..., ::-1] if key in (*LEARNED, "noise", "group_noise", "bias") else value
+                       for key, value in arrays.items()}
+    for training in variant.modes:
+        gate_GTE = gates_of_experts(name, training, arrays)
+        same = np.allclose(gates_of_experts(name, training, reversed_arrays), gate_GTE[:, :, ::-1], rtol=1e-4, atol=1e-5)
+        assert same != ROUTERS[variant.router].by_number
+
+
 def test_a_router_that_deals_by_place_is_not_equivariant():
     for name in ("balanced",):
         assert VARIANTS[name].by_place

@@ -72,7 +72,8 @@ def measured_loads(workdir: pathlib.Path, config: Config) -> tuple[np.ndarray, s
             raise PlacementError(f"Cannot read {path} ({(str(error).splitlines() or [type(error).__name__])[0]}); remove "
                                  f"{workdir / 'complete.json'} and train again, which evaluates.") from error
         if counts_LE is not None:
-            return _loads_of(counts_LE, config, path)[:, :experts], f"{int(counts_LE[0].sum()):,} choices per layer on held-out text"
+            load_LE = _loads_of(counts_LE, config, path)
+            return load_LE[:, :experts], f"{int(load_LE[0].sum()):,} choices per layer on held-out text"
     lines = [line for line in _metrics(workdir) if line.get("kind") == "train" and line.get("expert_load")][-_LINES:]
     if not lines:
         raise PlacementError(f"{workdir} has no recorded routing: neither routing/evaluation.npz, written when training ends, "
@@ -94,8 +95,8 @@ def _loads_of(value: Any, config: Config, path: pathlib.Path) -> np.ndarray:
     except (TypeError, ValueError):
         load_LE = np.array(np.nan)
     if load_LE.shape != wanted or not np.isfinite(load_LE).all() or (load_LE < 0).any():
-        raise PlacementError(f"{path} does not hold the loads of {wanted[1]} experts in {wanted[0]} layers; it is damaged, or of "
-                             f"another run.")
+        raise PlacementError(f"{path} does not hold the loads of {wanted[1]} experts in {wanted[0]} layers; it is damaged, "
+                             f"or of another run.")
     return load_LE
 
 

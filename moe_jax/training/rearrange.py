@@ -39,8 +39,8 @@ def check_renumberable(config: Config) -> None:
     """
     moe = config.moe
     if ROUTERS[moe.router].by_number:
-        raise ConfigError(f"moe.router={moe.router!r}: sends tokens to experts by their numbers, so experts given other numbers "
-                          f"would get other tokens; copies keep the numbers (--redundant, without --apply).")
+        raise ConfigError(f"moe.router={moe.router!r}: sends tokens to experts by their numbers, so experts given other "
+                          f"numbers would get other tokens; copies keep the numbers (--redundant, without --apply).")
     if moe.padding == "takes_slots":
         raise ConfigError("moe.padding='takes_slots': padding goes to the first experts, whichever they are; experts given "
                           "other numbers would lose other slots to it.")
@@ -67,9 +67,9 @@ def renumbered(flat: dict[str, Any], config: Config, placement: Placement) -> di
     """
     check_placeable(config)
     check_renumberable(config)
-    order = _orders(config, placement)
+    order, paths = _orders(config, placement), moe_layer_paths(config)
     shapes = {path.removeprefix("params/"): leaf.shape for path, leaf in flat.items() if path.startswith("params/")}
-    new = {path: _renumbered_array(path, leaf, shapes, config, order) for path, leaf in flat.items()}
+    new = {path: _renumbered_array(path, leaf, shapes, paths, order) for path, leaf in flat.items()}
     new["router_bias_LE"] = np.take_along_axis(np.asarray(flat["router_bias_LE"]), order["E"], axis=1)
     return new
 
@@ -79,8 +79,8 @@ def _orders(config: Config, placement: Placement) -> dict[str, np.ndarray]:
     moe, expert_LE = config.moe, placement.expert_LP
     layers, size = len(config.moe_layers), moe.num_experts // moe.num_groups
     if not np.array_equal(np.sort(expert_LE, axis=1), np.tile(np.arange(moe.num_experts), (layers, 1))):
-        raise ValueError(f"{expert_LE.shape[1]} copies of {moe.num_experts} experts in {len(expert_LE)} layers are no new order "
-                         f"of the experts of {layers} layers")
+        raise ValueError(f"{expert_LE.shape[1]} copies of {moe.num_experts} experts in {len(expert_LE)} layers are no new "
+                         f"order of the experts of {layers} layers")
     group_LXM = (expert_LE // size).reshape(layers, moe.num_groups, size)
     if (group_LXM != group_LXM[:, :, :1]).any():
         raise ValueError(f"moe.num_groups={moe.num_groups}: the placement tears groups of experts apart")
@@ -88,18 +88,22 @@ def _orders(config: Config, placement: Placement) -> dict[str, np.ndarray]:
     return {"E": np.concatenate([expert_LE, rest], axis=1), "X": group_LXM[:, :, 0]}
 
 
-def _renumbered_array(path: str, leaf: Any, shapes: dict[str, tuple[int, ...]], config: Config,
+def _renumbered_array(path: str, leaf: Any, shapes: dict[str, tuple[int, ...]], paths: dict[str, tuple[int, ...]],
                       order: dict[str, np.ndarray]) -> Any:
-    """One array of the state; as it is, if it has no experts among its dimensions."""
-    found = _parameter_of(path, config)
-    if found is None:
+    """One array of the state; as it is, if it has no experts among its dimensions.
+
+    Args:
+      shapes: of the parameters. paths: :func:`moe_jax.models.decoder.moe_layer_paths`. order: :func:`_orders`.
+    """
+    where = next((where for where in paths if f"/{where}/" in f"/{path}"), None)
+    if where is None:
         return leaf
-    name, where, layers = found
+    layers, name = paths[where], where + f"/{path}".split(f"/{where}", 1)[1]
     letters, shape = name.rsplit("_", 1)[-1], shapes[name]
     letter = next((letter for letter in order if letters.isupper() and letter in letters), None)
-    axes = _axes_left(path, leaf.shape, shape)
-    axis = None if letter is None else len(shape) - len(letters) + letters.index(letter)
-    if axis is None or axes is None or axis not in axes:
+    axes = None if letter is None else _axes_left(path, leaf.shape, shape)
+    axis = None if axes is None else len(shape) - len(letters) + letters.index(letter)
+    if axis is None or axis not in axes:
         return leaf
     value, place = np.asarray(leaf), axes.index(axis)
     # All that the router scores, or those that have weights.
@@ -110,16 +114,6 @@ def _renumbered_array(path: str, leaf: Any, shapes: dict[str, tuple[int, ...]], 
         raise RunError(f"{path} is one array for all layers, whose experts would change places differently; train with "
                        f"optimizer.name='adamw', or model.scan_layers=False.")
     return np.stack([np.take(row, order_E, axis=place - 1) for row, order_E in zip(value, orders)])
-
-
-def _parameter_of(path: str, config: Config) -> tuple[str, str, tuple[int, ...]] | None:
-    """The parameter of a MoE layer that an array of the state is or mirrors: its name, and the entry of
-    :func:`moe_jax.models.decoder.moe_layer_paths` that it lies below."""
-    for where, layers in moe_layer_paths(config).items():
-        before, below, rest = f"/{path}".partition(f"/{where}/")
-        if below:
-            return f"{where}/{rest}", where, layers
-    return None
 
 
 def _axes_left(path: str, shape: tuple[int, ...], parameter: tuple[int, ...]) -> list[int] | None:
@@ -161,7 +155,8 @@ def write_renumbered_run(workdir: pathlib.Path, target: pathlib.Path, placement:
         partial.chmod(0o777 & ~_umask())
         partial.rename(target)
     except OSError as error:
-        raise RunError(f"Cannot write {target}: {error.strerror or error}. Free some space or choose another directory.") from error
+        raise RunError(f"Cannot write {target}: {error.strerror or error}. Free some space or choose another "
+                       f"directory.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return restored.step
@@ -242,7 +237,10 @@ def with_copies(params: Any, config: Config, placement: Placement) -> Any:
 
 
 def restore_with_copies(run: Run, placement: Placement) -> tuple[Any, jax.Array, int]:
-    """As :func:`moe_jax.training.run.restore_params`, with copies; ``run.config`` names ``moe.expert_copies``."""
+    """As :func:`moe_jax.training.run.restore_params`, with copies; ``run.config`` names ``moe.expert_copies``. The weights
+    pass through this machine's memory: the experts alone need not divide over the devices."""
+    if jax.process_count() > 1:
+        raise RunError(f"{jax.process_count()} processes: copies of experts are made by one process that sees all devices.")
     plain = dataclasses.replace(run.config, moe=dataclasses.replace(run.config.moe, expert_copies=0))
     params, bias_LE, step = restore_params(run, _on_host(plain, run.vocab_size))
     wanted = run.abstract_state()
