@@ -1,0 +1,267 @@
+"""One plan: what a step of a config needs and takes on a slice, by formula and, where libtpu is installed, compiled.
+
+Bytes are of one chip, FLOPs of all chips together, seconds of one step, unless a name says otherwise. On chips with two
+devices (tpu7x) a chip's bytes are those of both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moe_jax.config import Config
+from moe_jax.planning.compiled import CompiledStep, OutOfMemory, compile_step
+from moe_jax.planning.formulas import Estimate, estimate
+from moe_jax.planning.slices import INSTALL_LIBTPU, Slice, has_libtpu
+from moe_jax.planning.times import StepTime, collective_seconds, step_time
+from moe_jax.training.metrics import versions
+
+COMPILED, BY_FORMULA = "compiled", "by formula"
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip's memory.
+
+    Attributes:
+      formula_bytes: what is in it by formula, by name; together formula_peak_bytes.
+      compiled_bytes: what the compiler laid out, by name; together its peak. Empty without a compiled program.
+      peak_bytes: the most that is in use: the compiler's figure if there is one.
+      available_bytes: what a program may use.
+    """
+
+    formula_bytes: dict[str, int]
+    compiled_bytes: dict[str, int]
+    peak_bytes: int
+    available_bytes: int
+
+    @property
+    def formula_peak_bytes(self) -> int:
+        return sum(self.formula_bytes.values())
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Negative: so much is missing."""
+        return self.available_bytes - self.peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.available_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """A collective of the step, with the time it takes.
+
+    Attributes:
+      kind, axes, dtype, shape, scope: as of :class:`moe_jax.planning.hlo.Collective`.
+      bytes_sent: by one device in one execution.
+      count: executions per step.
+      seconds: of all of them, at the bandwidth of the links they use.
+      asynchronous: started and waited for at two places of the program.
+      overlapped: and something is computed in between.
+      conditional: it runs only if the data ask for it, or as often as they do: ``count`` is not certain.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    dtype: str
+    shape: str
+    scope: str
+    bytes_sent: int
+    count: int
+    seconds: float
+    asynchronous: bool
+    overlapped: bool
+    conditional: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change of settings with which the step would fit.
+
+    Attributes:
+      settings: as one would write them, '--config.training.microbatches=4'.
+      why: what it does.
+      peak_bytes: of one chip, then.
+      basis: whether that was compiled or is by formula.
+    """
+
+    settings: tuple[str, ...]
+    why: str
+    peak_bytes: int
+    basis: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """See the fields' names; units are in them.
+
+    Attributes:
+      name: of the config.
+      basis: 'compiled' or 'by formula'; why: a sentence on that.
+      sequences, sequence_tokens: one step's: of training or prefill, or those that decoding adds one token each to.
+      parameters_active: per token.
+      model_flops: of the active parameters, as MFU counts. hardware_flops: those that are computed: recomputation and
+        padded buffers too. compiled_flops: as the compiler counts them; None without it.
+      kv_cache_bytes: of all chips; 0 in training.
+      num_steps: of the configured run.
+    """
+
+    name: str
+    step: str
+    slice: Slice
+    mesh: dict[str, int]
+    basis: str
+    why: str
+    sequences: int
+    sequence_tokens: int
+    parameters_total: int
+    parameters_active: int
+    memory: Memory
+    changes: tuple[Change, ...]
+    exchanges: tuple[Exchange, ...]
+    model_flops: float
+    hardware_flops: float
+    compiled_flops: float | None
+    time: StepTime
+    kv_cache_bytes: int
+    num_steps: int
+    lower_seconds: float | None
+    compile_seconds: float | None
+    versions: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """Of one step, all chips: one for each sequence where one is decoded."""
+        return self.sequences * (1 if self.step == "decode" else self.sequence_tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.time.seconds
+
+    @property
+    def mfu_upper_bound(self) -> float:
+        """Model FLOPs over what all chips could compute in the estimated time, 0..1."""
+        return self.model_flops / (self.time.seconds * self.slice.chips * self.slice.chip.peak_bf16_flops)
+
+    @property
+    def chip_hours(self) -> float | None:
+        """Of the configured run, at the estimated time; None but for training."""
+        return self.num_steps * self.time.seconds * self.slice.chips / 3600 if self.step == "train" else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, with what follows from the rest."""
+        memory = {**dataclasses.asdict(self.memory), "formula_peak_bytes": self.memory.formula_peak_bytes,
+                  "headroom_bytes": self.memory.headroom_bytes, "fits": self.memory.fits}
+        return {**dataclasses.asdict(self), "memory": memory, "tokens": self.tokens,
+                "tokens_per_second": self.tokens_per_second, "mfu_upper_bound": self.mfu_upper_bound,
+                "chip_hours": self.chip_hours}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Plan:
+        """Of :meth:`to_dict`, also after it has been JSON.
+
+        Raises:
+          KeyError, TypeError: something is missing or is not what it should be.
+        """
+        return _read(cls, found)
+
+
+def mesh_text(mesh: dict[str, int]) -> str:
+    """``'data 8 x expert 8'``; axes of one device are left out."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """``value``, from JSON, as ``kind``: a dataclass, a tuple of something, or as it is."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{field.name: _read(hints[field.name], value[field.name]) for field in dataclasses.fields(kind)})
+    if typing.get_origin(kind) is tuple:
+        return tuple(_read(typing.get_args(kind)[0], each) for each in value)
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (typing.get_origin(kind) or kind,)
+    if Any not in allowed and not isinstance(value, (*allowed, int) if float in allowed else allowed):
+        raise TypeError(f"{value!r} is no {kind}")
+    return value
+
+
+# How a plan is made.
+
+
+def make_plan(config: Config, slice_: Slice, sizes: dict[str, int], step: str = "train", compile: bool = True,
+              say: Callable[[str], None] = lambda text: None, name: str = "config", alternatives: bool = True) -> Plan:
+    """The plan of one step ('train', 'prefill', 'decode') on the slice, with mesh axes of ``sizes``.
+
+    Args:
+      config: with ``model.vocab_size``; batch and length are ``data.batch_size`` and ``data.sequence_length``.
+      compile: the real program, which takes minutes and libtpu; False: by formula.
+      say: told in words what is going on.
+      name: of the config.
+      alternatives: where the step does not fit, look for a change with which it would.
+
+    Raises:
+      PlanError: the compiler refuses the program for another reason than memory. ConfigError: see ``compile_step``.
+    """
+    guess = estimate(config, slice_, sizes, step)
+    compiled, refused = None, None
+    if compile:
+        try:
+            compiled = compile_step(config, slice_, sizes, step, say)
+        except OutOfMemory as error:
+            refused = error
+    memory = _memory(guess, compiled, refused, slice_)
+    collectives = compiled.collectives if compiled else guess.collectives
+    if compiled:
+        time = step_time(slice_, sizes, compiled.flops, compiled.bytes_accessed, collectives, compiled.cycles,
+                         compiled.kernel_flops)
+    else:
+        time = step_time(slice_, sizes, guess.hardware_flops / slice_.devices, _traffic(guess), collectives)
+    exchanges = tuple(
+        Exchange(each.kind, each.axes, each.dtype, each.shape, each.scope, each.bytes, each.count,
+                 each.count * collective_seconds(each, slice_, sizes), each.asynchronous, each.overlapped, each.conditional)
+        for each in collectives)
+    return Plan(
+        name=name, step=step, slice=slice_, mesh=dict(sizes), basis=COMPILED if compiled else BY_FORMULA,
+        why=_why(compile, refused), sequences=config.data.batch_size, sequence_tokens=config.data.sequence_length,
+        parameters_total=guess.parameters_total, parameters_active=guess.parameters_active, memory=memory, changes=(),
+        exchanges=exchanges, model_flops=guess.model_flops, hardware_flops=guess.hardware_flops,
+        compiled_flops=compiled.flops * slice_.devices if compiled else None, time=time,
+        kv_cache_bytes=guess.kv_cache_bytes * slice_.devices, num_steps=config.training.num_steps,
+        lower_seconds=compiled and compiled.lower_seconds, compile_seconds=compiled and compiled.compile_seconds,
+        versions=versions())
+
+
+def _why(compile: bool, refused: OutOfMemory | None) -> str:
+    if refused is not None:
+        return f"the compiler refuses the program. {refused}"
+    if compile:
+        return "the real program, compiled by libtpu for this slice; no TPU ran it."
+    if has_libtpu():
+        return "nothing was compiled."
+    return f"libtpu, the compiler for TPUs, is not installed ({INSTALL_LIBTPU})."
+
+
+def _memory(guess: Estimate, compiled: CompiledStep | None, refused: OutOfMemory | None, slice_: Slice) -> Memory:
+    """Of a chip: all of its devices hold as much."""
+    devices, chip_bytes = slice_.chip.devices_per_chip, slice_.chip.hbm_bytes
+    of_chip = lambda parts: {name: count * devices for name, count in parts.items()}
+    formula = of_chip(guess.memory_bytes)
+    if compiled:
+        parts = {"arguments": compiled.arguments_bytes, "results elsewhere": compiled.output_bytes - compiled.aliased_bytes,
+                 "temporaries": compiled.temporary_bytes}
+        return Memory(formula, of_chip(parts), compiled.peak_bytes * devices, chip_bytes)
+    peak = guess.peak_bytes
+    if refused is not None:  # what the compiler needs counts; it does not say how that is made up
+        peak = refused.needed_bytes or max(peak, chip_bytes // devices + 1)
+    return Memory(formula, {}, peak * devices, chip_bytes)
+
+
+def _traffic(guess: Estimate) -> float:
+    """Bytes to and from a device's memory, at the least: everything that lies there is written or read once; what training
+    updates or computes, both."""
+    held = guess.memory_bytes
+    return sum(held.values()) * (2 if guess.step == "train" else 1)

@@ -1,0 +1,93 @@
+"""Which mesh? Every legal one by formula, the best few compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from moe_jax.config import Config, ConfigError
+from moe_jax.planning.plan import Plan, mesh_text
+from moe_jax.sharding import AXES, resolve_mesh
+
+# (config with its mesh, compile it?) -> its plan.
+Planner = Callable[[Config, bool], Plan]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """plans: one per mesh, the best first: compiled ones, then by formula. best: the fastest that fits; None: none does."""
+
+    plans: tuple[Plan, ...]
+    best: Plan | None
+
+
+def legal_meshes(config: Config, devices: int) -> list[Config]:
+    """The config once for each way to lay so many devices out along data, fsdp, expert and tensor that
+    :func:`moe_jax.sharding.resolve_mesh` accepts.
+
+    Raises:
+      ConfigError: there is none; with what is wrong with the config's own mesh.
+    """
+    found = []
+    for sizes in _factorisations(devices, len(AXES)):
+        candidate = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **dict(zip(AXES, sizes))))
+        try:
+            resolve_mesh(candidate, devices)
+        except ConfigError:
+            continue
+        found.append(candidate)
+    if not found:
+        resolve_mesh(config, devices)
+        raise ConfigError(f"no mesh of {devices} devices can run this config; choose another slice or another batch.")
+    return found
+
+
+def _factorisations(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Every ordered way to write ``total`` as a product of so many factors."""
+    if parts == 1:
+        yield (total,)
+        return
+    for first in (d for d in range(1, total + 1) if total % d == 0):
+        yield from ((first, *rest) for rest in _factorisations(total // first, parts - 1))
+
+
+def rank(plan: Plan) -> tuple[bool, float, int]:
+    """What fits before what does not; then the faster, then the smaller."""
+    return (not plan.memory.fits, plan.time.seconds, plan.memory.peak_bytes)
+
+
+def search(config: Config, devices: int, planner: Planner, compiled: int,
+           say: Callable[[str, float | None], None] = lambda text, seconds_left: None) -> Found:
+    """Plans every legal mesh by formula, then compiles the ``compiled`` best ones, one after another.
+
+    Where none of these fits, up to as many again.
+
+    Args:
+      say: told what is done, and how many seconds everything will still take, as far as that is known.
+
+    Raises:
+      ConfigError: no mesh is legal.
+    """
+    candidates = legal_meshes(config, devices)
+    by_formula = []
+    for number, candidate in enumerate(candidates, 1):
+        say(f"mesh {number} of {len(candidates)} by formula", None)
+        by_formula.append((planner(candidate, False), candidate))
+    by_formula.sort(key=lambda found: rank(found[0]))
+    tried, start = [], time.monotonic()
+    for guess, candidate in by_formula:
+        # The formulas may be too hopeful: where nothing that was compiled fits, as many again are tried.
+        wanted = compiled if not tried or best_of(tried) else 2 * compiled
+        if len(tried) >= wanted:
+            break
+        left = (time.monotonic() - start) / len(tried) * (wanted - len(tried)) if tried else None
+        say(f"mesh {len(tried) + 1} of {min(wanted, len(by_formula))}: {mesh_text(guess.mesh)}", left)
+        tried.append(planner(candidate, True))
+    rest = [plan for plan, _ in by_formula[len(tried):]]
+    return Found((*sorted(tried, key=rank), *rest), best_of(tried or rest))
+
+
+def best_of(plans: Sequence[Plan]) -> Plan | None:
+    fitting = [plan for plan in plans if plan.memory.fits]
+    return min(fitting, key=rank, default=None)

@@ -1,0 +1,299 @@
+"""``moe-jax plan``: the record, what is printed and drawn, the search over meshes, the cache, the command line.
+
+What the compiler and the formulas say is tested in test_compiled.py and test_formulas.py; here plans are made by formula,
+by hand, or, once, compiled for a TPU that is not there.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from running import REPOSITORY, moe_jax
+
+from moe_jax import cli
+from moe_jax.config import ConfigError
+from moe_jax.planning import command, plan_cache, slices
+from moe_jax.planning.command import Request, parse_mesh, planned_config
+from moe_jax.planning.plan import COMPILED, Change, Exchange, Memory, Plan, make_plan, mesh_text
+from moe_jax.planning.plan_table import GIB, count_text, merged, seconds_text, text_of, text_of_search
+from moe_jax.planning.search import legal_meshes, search
+from moe_jax.planning.times import StepTime
+from moe_jax.planning.slices import PlanError, has_libtpu, parse_slice
+from moe_jax.planning.waiting import Waiting
+from moe_jax.sharding import AXES, resolve_mesh
+
+__all__ = ["moe_jax"]
+
+needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed (pip install '.[tpu]')")
+
+# Small enough to compile for a TPU in seconds; divides over every mesh of eight devices with tensor up to 2.
+TINY = {"model.num_layers": 2, "model.d_model": 64, "model.num_heads": 2, "model.num_kv_heads": 2, "model.head_dim": 32,
+        "model.d_ff": 128, "model.vocab_size": 512, "model.dtype": "bfloat16", "moe.num_experts": 8, "moe.every": 1,
+        "moe.d_ff": 128, "data.sequence_length": 128, "data.batch_size": 16, "training.num_steps": 1000,
+        "optimizer.warmup_steps": 10}
+WORDS = (f"--config={REPOSITORY / 'configs' / 'base.py'}", *(f"--config.{key}={value}" for key, value in TINY.items()))
+
+
+def tiny(**settings):
+    path, *rest = WORDS
+    rest += [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    return cli.load_config(path.removeprefix("--config="), rest)
+
+
+def by_hand(slice_="v5p-128", peak=15.2, **fields) -> Plan:
+    """A plan with round figures; ``peak`` in GiB."""
+    wanted = parse_slice(slice_)
+    exchange = Exchange("all-to-all", ("expert",), "bf16", "bf16[8,2]", "layer/moe", 80 * 2**20, 128, 0.05, True, False,
+                        False)
+    memory = Memory({"parameters": 3 * GIB, "activations": 4 * GIB}, {"arguments": 8 * GIB}, round(peak * GIB), 32 * GIB)
+    return Plan(**{**dict(
+        name="by_hand", step="train", slice=wanted, mesh={"data": 8, "fsdp": 1, "expert": 8, "tensor": 1}, basis=COMPILED,
+        why="the real program", sequences=512, sequence_tokens=4096, parameters_total=46_700_000_000,
+        parameters_active=12_900_000_000, memory=memory, changes=(), exchanges=(exchange,), model_flops=1.6e17,
+        hardware_flops=2.4e17, compiled_flops=2.5e17, time=StepTime(8.0, "compute", {"compute": 7.0, "network": 1.0}, "roofline"),
+        kv_cache_bytes=0, num_steps=900, lower_seconds=4.0, compile_seconds=118.0, versions={"jax": "0.10.2"}), **fields})
+
+
+# The record.
+
+
+def test_what_follows_from_a_plan():
+    plan = by_hand()
+    assert plan.tokens == 512 * 4096
+    assert plan.tokens_per_second == 512 * 4096 / 8
+    assert plan.mfu_upper_bound == pytest.approx(1.6e17 / 8 / (64 * 459e12))
+    assert plan.chip_hours == 900 * 8 * 64 / 3600
+    assert plan.memory.formula_peak_bytes == 7 * GIB and plan.memory.fits
+    assert by_hand(step="decode").tokens == 512 and by_hand(step="decode").chip_hours is None
+    tight = by_hand(peak=40).memory
+    assert not tight.fits and tight.headroom_bytes == -8 * GIB
+
+
+def test_a_plan_survives_json_whole():
+    plan = by_hand(changes=(Change(("--config.training.microbatches=4",), "less at a time", GIB, COMPILED),))
+    found = json.loads(json.dumps(plan.to_dict()))
+    assert Plan.from_dict(found) == plan
+    assert found["memory"]["fits"] is True and found["chip_hours"] == plan.chip_hours
+    for damage in ({**found, "memory": {}}, {**found, "exchanges": [{}]}, {**found, "time": "long"}, {**found, "tokens": 1, "name": 3}):
+        with pytest.raises((KeyError, TypeError)):
+            Plan.from_dict(damage)
+
+
+# The table.
+
+
+def test_the_table_says_what_the_plan_holds():
+    text = text_of(by_hand())
+    for piece in ("by_hand on v5p-128: one training step", "64 chips v5p (4x4x4), mesh data 8 x expert 8",
+                  "46.70 B parameters, 12.90 B active per token; 512 sequences of 4,096 tokens",
+                  "of 32.0 GiB: 16.8 free, fits", "bound by compute; roofline", "160.00 P model, 240.00 P hardware",
+                  "262,144 tokens/s; MFU at most 68.1 %; 128 chip-hours for 900 steps"):
+        assert piece in text
+    rows = {line.split("  ")[1]: line.split() for line in text.splitlines() if line.startswith("  ")}
+    assert rows["parameters"] == ["parameters", "3.00"] and rows["arguments"] == ["arguments", "8.00"]
+    assert rows["peak"] == ["peak", "7.00", "15.20"]
+    assert rows["all-to-all"] == ["all-to-all", "expert", "bf16", "128", "80", "10", "50", "ms", "no"]
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_the_table_of_what_does_not_fit_says_by_how_much_and_what_would():
+    change = Change(("--config.training.microbatches=4",), "a quarter of the activations at a time", 20 * GIB, COMPILED)
+    text = text_of(by_hand(peak=40, changes=(change,)))
+    assert "of 32.0 GiB: 8.0 too much: DOES NOT FIT" in text
+    assert "would fit with --config.training.microbatches=4: 20.0 GiB, compiled" in text
+    assert "no single change" in text_of(by_hand(peak=40))
+
+
+def test_the_memory_of_a_chip_with_two_devices_is_that_of_both():
+    text = text_of(by_hand("tpu7x-128"))
+    assert "64 chips tpu7x (4x4x4, 128 devices)" in text
+    assert "memory per chip, GiB (2 devices together)" in text
+
+
+def test_collectives_of_one_kind_are_one_row_and_lose_nothing():
+    one = by_hand().exchanges[0]
+    other = dataclasses.replace(one, bytes_sent=2**20, count=128, seconds=0.25, scope="elsewhere")
+    apart = dataclasses.replace(one, overlapped=True, seconds=0.01)
+    rows = merged([one, apart, other])
+    assert [(row.count, row.overlapped) for row in rows] == [(256, False), (128, True)]
+    assert rows[0].bytes_sent * rows[0].count == 128 * (one.bytes_sent + other.bytes_sent)
+    assert rows[0].seconds == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("value, text", [(46_702_792_704, "46.70 B"), (1.5e15, "1.50 P"), (999, "999"), (1234, "1.23 k")])
+def test_counts_are_short(value, text):
+    assert count_text(value) == text
+
+
+@pytest.mark.parametrize("value, text", [(0.0123, "12.3 ms"), (1.5, "1.50 s"), (90, "1 min 30 s")])
+def test_times_are_short(value, text):
+    assert seconds_text(value) == text
+
+
+def test_the_table_of_a_search_marks_the_best_and_says_what_does_not_fit():
+    best, large = by_hand(), by_hand(peak=40, mesh={"data": 64, "fsdp": 1, "expert": 1, "tensor": 1})
+    lines = text_of_search([best, large] * 10, best).splitlines()
+    assert lines[1].split()[:2] == ["->", "data"] and " fits " in lines[1]
+    assert "does not fit" in lines[2] and "->" not in lines[2]
+    assert lines[-1].startswith("and 8 more meshes")
+    assert "none of these meshes fits" in text_of_search([large], None)
+
+
+# The search.
+
+
+def test_every_legal_mesh_is_found_and_no_other():
+    config = tiny()
+    found = {tuple(getattr(candidate.mesh, axis) for axis in AXES) for candidate in legal_meshes(config, 8)}
+    assert (1, 1, 8, 1) in found and (2, 2, 1, 2) in found
+    sides = [(a, b, c, 8 // (a * b * c)) for a in (1, 2, 4, 8) for b in (1, 2, 4, 8) for c in (1, 2, 4, 8) if 8 % (a * b * c) == 0]
+    assert len(sides) == 20
+    for sizes in sides:
+        mesh = dataclasses.replace(config.mesh, **dict(zip(AXES, sizes)))
+        try:
+            resolve_mesh(dataclasses.replace(config, mesh=mesh), 8)
+        except ConfigError:
+            assert sizes not in found
+        else:
+            assert sizes in found
+    assert len(found) == sum(sizes[3] <= 2 for sizes in sides)  # two heads
+
+
+def test_a_batch_that_fits_no_mesh_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match="data.batch_size=15"):
+        legal_meshes(tiny(data__batch_size=15), 16)
+
+
+def fake_planner(seconds, peak, compiled_peak=None):
+    """Plans whose time and memory are functions of the mesh; and the list of the meshes that were compiled."""
+    compiled = []
+
+    def plan(config, compile_it):
+        mesh = {axis: getattr(config.mesh, axis) for axis in AXES}
+        if compile_it:
+            compiled.append(mesh)
+        size = (compiled_peak or peak)(mesh) if compile_it else peak(mesh)
+        return by_hand(peak=size, mesh=mesh, basis=COMPILED if compile_it else "by formula",
+                       time=StepTime(seconds(mesh), "compute", {}, ""))
+    return plan, compiled
+
+
+def test_the_fastest_mesh_that_fits_is_compiled_and_is_the_best():
+    planner, compiled = fake_planner(lambda mesh: 10.0 - mesh["data"] - mesh["fsdp"], lambda mesh: 40.0 / mesh["fsdp"])
+    said = []
+    found = search(tiny(), 8, planner, 2, lambda text, left: said.append((text, left)))
+    assert len(compiled) == 2 and all(40 / mesh["fsdp"] <= 32 for mesh in compiled)
+    assert found.best.mesh == compiled[0] and found.best.basis == COMPILED
+    assert found.plans[0] is found.best and len(found.plans) == len(legal_meshes(tiny(), 8))
+    fits = [plan.memory.fits for plan in found.plans]
+    assert fits == sorted(fits, reverse=True)
+    assert said[-2][0].startswith("mesh 1 of 2: ") and said[-2][1] is None and said[-1][1] >= 0
+
+
+def test_where_the_formulas_were_too_hopeful_more_meshes_are_compiled():
+    planner, compiled = fake_planner(lambda mesh: 10.0 - mesh["data"], lambda mesh: 1, lambda mesh: 40.0 if mesh["data"] > 2 else 1.0)
+    found = search(tiny(), 8, planner, 1)
+    assert len(compiled) == 2 and found.best is None  # both have data above 2
+    planner, compiled = fake_planner(lambda mesh: mesh["data"], lambda mesh: 1, lambda mesh: 40.0 if len(compiled) == 1 else 1.0)
+    assert search(tiny(), 8, planner, 1).best.mesh == compiled[1]
+
+
+def test_without_compiling_the_best_is_by_formula():
+    planner, compiled = fake_planner(lambda mesh: mesh["tensor"], lambda mesh: 40.0 / mesh["expert"])
+    found = search(tiny(), 8, planner, 0)
+    assert not compiled and found.best.basis == "by formula" and found.best.mesh["expert"] >= 2
+    planner, _ = fake_planner(lambda mesh: 1, lambda mesh: 50)
+    assert search(tiny(), 8, planner, 0).best is None
+
+
+# The cache.
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "plans"
+
+
+def test_a_plan_that_was_kept_is_found_by_the_same_key_only(cache):
+    key = plan_cache.key_of(config={"a": 1}, mesh={"data": 2})
+    assert plan_cache.read(key) is None
+    plan_cache.write(key, {"x": 1.5})
+    assert plan_cache.read(key) == {"x": 1.5}
+    assert [path.name for path in cache.iterdir()] == [f"{key}.json"]
+    assert plan_cache.key_of(mesh={"data": 2}, config={"a": 1}) == key
+    for other in ({"config": {"a": 2}, "mesh": {"data": 2}}, {"config": {"a": 1}, "mesh": {"data": 4}}):
+        assert plan_cache.key_of(**other) != key
+
+
+def test_other_code_is_another_key(monkeypatch):
+    key = plan_cache.key_of(config=1)
+    monkeypatch.setattr(plan_cache, "code_hash", lambda: "other")
+    assert plan_cache.key_of(config=1) != key
+
+
+def test_a_damaged_plan_is_none_and_a_write_that_fails_leaves_the_old_one(cache, caplog):
+    plan_cache.write("key", {"x": 1})
+    with pytest.raises(TypeError):
+        plan_cache.write("key", {"x": object()})
+    assert plan_cache.read("key") == {"x": 1} and len(list(cache.iterdir())) == 1
+    (cache / "key.json").write_text('{"x": ')
+    assert plan_cache.read("key") is None
+    (cache / "key.json").write_text("[]")
+    assert plan_cache.read("key") is None
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "file"))
+    plan_cache.write("key", {"x": 1})
+    assert "cannot keep the plan" in caplog.text and plan_cache.read("key") is None
+
+
+# Waiting.
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_log_gets_a_line_at_once_and_one_now_and_then():
+    stream = io.StringIO()
+    with Waiting(stream, every=0.02) as waiting:
+        waiting.say("compiling", 3600)
+        deadline = time.monotonic() + 10
+        while stream.getvalue().count("\n") < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        waiting.print("done")
+    first, *more, last = stream.getvalue().splitlines()
+    assert first == "compiling, eta 1 h 00 min" and last == "done"
+    assert len(more) >= 2 and all(line.startswith("compiling  0 s, eta ") for line in more)
+
+
+def test_a_terminal_gets_one_line_that_is_cleared_in_the_end():
+    stream = Terminal()
+    with Waiting(stream, every=0.01) as waiting:
+        waiting.say("tracing")
+        waiting.say("compiling")
+        time.sleep(0.05)
+    text = stream.getvalue()
+    assert "\n" not in text and text.endswith("\r\x1b[K") and "compiling  0 s" in text
+
+
+def test_after_an_error_nothing_more_is_said():
+    stream = io.StringIO()
+    with pytest.raises(ValueError), Waiting(stream, every=0.01) as waiting:
+        waiting.say("compiling")
+        raise ValueError
+    said = stream.getvalue()
+    time.sleep(0.05)
+    assert stream.getvalue() == said
