@@ -25,7 +25,7 @@ from moe_jax.routing.assignment import Routing
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.named_arrays import flatten
 from moe_jax.training.optimizer import make_optimizer
-from moe_jax.training.rearrange import check_renumberable, renumbered, with_copies
+from moe_jax.training.rearrange import check_placeable, check_renumberable, renumbered, with_copies
 from moe_jax.training.state import initial_params, initial_state, state_specs
 from moe_jax.training.step import check_trainable
 
@@ -378,6 +378,15 @@ def test_adafactors_factored_moments_follow():
 def test_where_a_number_has_a_meaning_it_stays(options, words):
     with pytest.raises(ConfigError, match=words):
         check_renumberable(tiny.config(**options))
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(moe_num_experts=0), "moe.num_experts=0: the model has no experts to place"),
+    (dict(moe_expert_widths="8*2,16*2", moe_dispatch="dropless"), "moe.expert_widths='8\\*2,16\\*2': experts of unequal width"),
+])
+def test_models_without_experts_that_are_alike_are_not_placed(options, words):
+    with pytest.raises(ConfigError, match=words):
+        check_placeable(tiny.config(**options))
 
 
 def test_copies_and_torn_groups_are_no_other_numbers():
