@@ -1,0 +1,117 @@
+"""Attention by the kernel: held to the plain one in value and gradient, step by step on CPUs (``interpret``).
+
+Compiled for TPUs: ``test_compiled_plan.py``.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from moe_jax.config import ConfigError, ModelConfig, resolve
+from moe_jax.nn import attention, splash
+from moe_jax.nn.attention import uses_splash
+from moe_jax.sharding import ACTIVATIONS, spec
+
+IN_STEPS = functools.partial(splash.splash, interpret=True)
+
+
+@pytest.mark.parametrize("shape, sizes", [
+    # B, S, H, H_kv, d: heads shared four to one; blocks that are wholly hidden.
+    ((2, 256, 4, 1, 64), {}),
+    # Sequences over data, heads over tensor: two query heads and one key/value head on each device.
+    ((2, 128, 4, 2, 128), {"data": 2, "tensor": 2}),
+])
+def test_the_kernel_is_the_plain_one(shape, sizes):
+    """Packed documents and padding: outputs where there is a token, and the gradients of queries, keys and values."""
+    batch, length, heads, kv_heads, head = shape
+    rng = np.random.default_rng(0)
+    draw = lambda heads: jnp.asarray(rng.normal(size=(batch, length, heads, head)), jnp.float32)
+    query, key, value = draw(heads), draw(kv_heads), draw(kv_heads)
+    segments_BS = np.sort(rng.integers(1, 4, (batch, length)), axis=1).astype(np.int32)
+    segments_BS[1, -20:] = 0
+    valid_BS = segments_BS > 0
+    d_out = draw(heads) * valid_BS[:, :, None, None]
+    same_BST = segments_BS[:, :, None] == segments_BS[:, None, :]
+    mask_BST = same_BST & np.tril(np.ones((length, length), bool)) & valid_BS[:, :, None]
+
+    def result(attend, mesh):
+        def loss(query, key, value):
+            out = attend(query, key, value)
+            return jnp.sum(out * d_out), out
+
+        with jax.set_mesh(mesh):
+            (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
+        return [np.asarray(out) * valid_BS[:, :, None, None], *map(np.asarray, grads)]
+
+    plain = result(lambda q, k, v: attention._attend(q, k, v, mask_BST, head**-0.5), tiny.ONE)
+    kernel = result(lambda q, k, v: IN_STEPS(q, k, v, jnp.asarray(segments_BS), head**-0.5), tiny.mesh(**sizes))
+    for one, other in zip(plain, kernel):
+        assert np.abs(one).max() > 0.1
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_a_model_gives_the_same_logits_and_gradients_by_the_kernel(monkeypatch):
+    """A layer that is recomputed; a row of two documents with padding behind."""
+    config = tiny.config(model_num_layers=1, model_head_dim=64, model_num_heads=1, model_num_kv_heads=1, model_remat="block",
+                         moe_num_experts=0, data_sequence_length=128, data_batch_size=1)
+    params, batch = tiny.params(config), tiny.batch(rows=1, length=128, lengths=[70], segments=2)
+    plain, calls = tiny.grads(config, params, batch), []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return IN_STEPS(*arguments)
+
+    monkeypatch.setattr(attention, "lowering_platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "splash", counted)
+    jax.clear_caches()
+    kernel = tiny.grads(config, params, batch)
+    assert calls
+    for one, other in zip(*map(jax.tree.leaves, (plain, kernel))):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_prompts_are_read_by_it_into_a_cache_and_single_tokens_written_by_the_plain_one(monkeypatch):
+    config = ModelConfig(d_model=8, num_heads=2, num_kv_heads=1, head_dim=64, init_scale=1.0)
+    x_BSD = jnp.asarray(np.random.default_rng(0).normal(size=(1, 129, 8)), jnp.float32)
+    positions_BS, segments_BS = jnp.arange(129)[None], jnp.ones((1, 129), jnp.int32)
+    causal_ST = np.tril(np.ones((129, 129), bool))[None]
+    monkeypatch.setattr(attention, "lowering_platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "splash", IN_STEPS)
+    with jax.set_mesh(tiny.ONE):
+        module = attention.Attention(config, nnx.Rngs(params=0))
+        empty = tuple(jax.reshard(jnp.zeros((1, 129, 1, 64)), spec("BSHd", ACTIVATIONS)) for _ in range(2))
+        whole_BSD, _ = module(x_BSD, positions_BS, causal_ST)
+        prompt_BSD, cache = module(x_BSD[:, :128], positions_BS[:, :128], causal_ST[:, :128], empty, 0, segments_BS[:, :128])
+        last_BSD, _ = module(x_BSD[:, 128:], positions_BS[:, 128:], causal_ST[:, 128:], cache, 128)
+    np.testing.assert_allclose(whole_BSD, np.concatenate([prompt_BSD, last_BSD], axis=1), atol=2e-5)
+
+
+def test_auto_takes_it_where_it_can_and_splash_says_why_it_cannot(monkeypatch):
+    def uses(length=256, required=True, **settings):
+        return uses_splash(resolve({"model": settings}).model, length, required)
+
+    with jax.set_mesh(tiny.ONE):
+        assert not uses(head_dim=64)
+        with pytest.raises(ConfigError, match="model.attention='splash': it runs on tpu, and this program is compiled for cpu"):
+            uses(head_dim=64, attention="splash")
+    monkeypatch.setattr(attention, "lowering_platform", lambda: "tpu")
+    assert uses(head_dim=64) and uses(head_dim=128, attention="splash") and not uses(head_dim=64, attention="plain")
+    assert not uses(head_dim=32) and not uses(length=200, head_dim=64)
+    with pytest.raises(ConfigError, match="multiples of 128, and this one is 200"):
+        uses(length=200, head_dim=64, attention="splash")
+    with pytest.raises(ConfigError, match="multiple of 64, and model.head_dim is 96"):
+        uses(head_dim=96, attention="splash")
+    # Prompts have any length: those that it does not take are read by the plain one.
+    assert not uses(length=16, head_dim=64, attention="splash", required=False)
+
+
+def test_where_padding_matters_it_is_refused_and_auto_is_plain():
+    with pytest.raises(ConfigError, match="model.attention='splash': sees padding otherwise.*moe.padding='routed'"):
+        resolve({"model": {"attention": "splash"}, "moe": {"padding": "routed"}})
+    with pytest.raises(ConfigError, match="model.attention='flash': allowed are 'auto', 'plain', 'splash'"):
+        resolve({"model": {"attention": "flash"}})
