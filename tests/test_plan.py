@@ -7,26 +7,26 @@ by hand, or, once, compiled for a TPU that is not there.
 import dataclasses
 import io
 import json
-import math
 import os
-import pathlib
 import subprocess
 import sys
 import time
 
-import jax
 import pytest
 from running import REPOSITORY, moe_jax
 
 from moe_jax import cli
 from moe_jax.config import ConfigError
-from moe_jax.planning import command, plan_cache, slices
-from moe_jax.planning.command import Request, parse_mesh, planned_config
-from moe_jax.planning.plan import COMPILED, Change, Exchange, Memory, Plan, make_plan, mesh_text
+from moe_jax.planning import command, plan as plan_module, plan_cache
+from moe_jax.planning.compiled import CompiledStep, OutOfMemory
+from moe_jax.planning.formulas import estimate
+from moe_jax.planning.plan import COMPILED, Change, Exchange, Memory, Plan, make_plan
 from moe_jax.planning.plan_table import GIB, count_text, merged, seconds_text, text_of, text_of_search
-from moe_jax.planning.search import legal_meshes, search
+from moe_jax.planning.meshes import legal_meshes
+from moe_jax.planning.search import search
+from moe_jax.planning.slices import has_libtpu, parse_slice
+from moe_jax.planning.suggestions import Suggestion
 from moe_jax.planning.times import StepTime
-from moe_jax.planning.slices import PlanError, has_libtpu, parse_slice
 from moe_jax.planning.waiting import Waiting
 from moe_jax.sharding import AXES, resolve_mesh
 
@@ -189,7 +189,7 @@ def fake_planner(seconds, peak, compiled_peak=None):
 def test_the_fastest_mesh_that_fits_is_compiled_and_is_the_best():
     planner, compiled = fake_planner(lambda mesh: 10.0 - mesh["data"] - mesh["fsdp"], lambda mesh: 40.0 / mesh["fsdp"])
     said = []
-    found = search(tiny(), 8, planner, 2, lambda text, left: said.append((text, left)))
+    found = search(tiny(), parse_slice("v5e-8"), planner, 2, lambda text, left: said.append((text, left)))
     assert len(compiled) == 2 and all(40 / mesh["fsdp"] <= 32 for mesh in compiled)
     assert found.best.mesh == compiled[0] and found.best.basis == COMPILED
     assert found.plans[0] is found.best and len(found.plans) == len(legal_meshes(tiny(), 8))
@@ -200,18 +200,18 @@ def test_the_fastest_mesh_that_fits_is_compiled_and_is_the_best():
 
 def test_where_the_formulas_were_too_hopeful_more_meshes_are_compiled():
     planner, compiled = fake_planner(lambda mesh: 10.0 - mesh["data"], lambda mesh: 1, lambda mesh: 40.0 if mesh["data"] > 2 else 1.0)
-    found = search(tiny(), 8, planner, 1)
+    found = search(tiny(), parse_slice("v5e-8"), planner, 1)
     assert len(compiled) == 2 and found.best is None  # both have data above 2
     planner, compiled = fake_planner(lambda mesh: mesh["data"], lambda mesh: 1, lambda mesh: 40.0 if len(compiled) == 1 else 1.0)
-    assert search(tiny(), 8, planner, 1).best.mesh == compiled[1]
+    assert search(tiny(), parse_slice("v5e-8"), planner, 1).best.mesh == compiled[1]
 
 
 def test_without_compiling_the_best_is_by_formula():
     planner, compiled = fake_planner(lambda mesh: mesh["tensor"], lambda mesh: 40.0 / mesh["expert"])
-    found = search(tiny(), 8, planner, 0)
+    found = search(tiny(), parse_slice("v5e-8"), planner, 0)
     assert not compiled and found.best.basis == "by formula" and found.best.mesh["expert"] >= 2
     planner, _ = fake_planner(lambda mesh: 1, lambda mesh: 50)
-    assert search(tiny(), 8, planner, 0).best is None
+    assert search(tiny(), parse_slice("v5e-8"), planner, 0).best is None
 
 
 # The cache.
@@ -297,3 +297,206 @@ def test_after_an_error_nothing_more_is_said():
     said = stream.getvalue()
     time.sleep(0.05)
     assert stream.getvalue() == said
+
+
+# Plans by formula.
+
+
+@pytest.fixture(scope="module")
+def plan():
+    wanted, config = parse_slice("v5e-8"), tiny()
+    return make_plan(config, wanted, resolve_mesh(config, wanted.devices), compile=False, name="tiny")
+
+
+def test_a_plan_by_formula_holds_what_the_formulas_say(plan):
+    config = tiny()
+    guess = estimate(config, plan.slice, plan.mesh)
+    assert plan.basis == "by formula" and plan.compiled_flops is None and plan.compile_seconds is None
+    assert plan.memory.formula_bytes == guess.memory_bytes and plan.memory.peak_bytes == guess.peak_bytes
+    assert (plan.parameters_total, plan.model_flops) == (guess.parameters_total, guess.model_flops)
+    # AdamW holds two numbers per parameter, and a count.
+    bytes_of = plan.memory.formula_bytes
+    assert bytes_of["optimizer state"] == pytest.approx(2 * bytes_of["parameters"], rel=1e-3)
+    assert plan.tokens == 16 * 128 and plan.num_steps == 1000
+    assert plan.time.seconds > 0 and plan.mfu_upper_bound < 1
+    assert sum(each.seconds for each in plan.exchanges) == pytest.approx(plan.time.parts_seconds["network, exposed"])
+    assert plan.time.seconds >= guess.hardware_flops / 8 / plan.slice.chip.peak_bf16_flops
+
+
+def test_two_devices_of_a_chip_hold_twice_what_one_holds():
+    wanted = parse_slice("tpu7x-8")  # four chips, eight devices
+    config = tiny()
+    sizes = resolve_mesh(config, wanted.devices)
+    plan, guess = make_plan(config, wanted, sizes, compile=False), estimate(config, wanted, sizes)
+    assert plan.memory.peak_bytes == 2 * guess.peak_bytes and plan.memory.available_bytes == wanted.chip.hbm_bytes
+    assert plan.chip_hours == plan.num_steps * plan.time.seconds * 4 / 3600
+
+
+@pytest.mark.parametrize("step, tokens", [("prefill", 16 * 128), ("decode", 16)])
+def test_inference_has_a_cache_and_no_optimizer(step, tokens):
+    wanted, config = parse_slice("v5e-8"), tiny()
+    plan = make_plan(config, wanted, resolve_mesh(config, 8), step, compile=False)
+    assert plan.kv_cache_bytes == 2 * 2 * 16 * 128 * 2 * 32 * 2  # keys and values, layers, rows, slots, heads, width, bf16
+    assert "optimizer state" not in plan.memory.formula_bytes and plan.tokens == tokens and plan.chip_hours is None
+    assert "KV cache" in text_of(plan)
+
+
+def test_what_does_not_fit_by_formula_is_told_changes_that_do():
+    wanted = parse_slice("v5e-8")
+    config = tiny(model__num_layers=24, model__d_model=2048, model__d_ff=8192, moe__d_ff=8192, data__sequence_length=4096,
+                  data__batch_size=64)
+    plan = make_plan(config, wanted, resolve_mesh(config, 8), compile=False)
+    assert not plan.memory.fits and plan.changes
+    for change in plan.changes:
+        assert change.basis == "by formula" and change.settings and change.peak_bytes <= wanted.chip.hbm_bytes
+    assert not make_plan(config, wanted, resolve_mesh(config, 8), compile=False, alternatives=False).changes
+
+
+def test_a_program_that_the_compiler_refuses_is_planned_with_what_it_needs_and_mended(monkeypatch):
+    wanted, config = parse_slice("v5e-8"), tiny()
+    sizes = resolve_mesh(config, 8)
+    asked = []
+
+    def refuses(config, slice_, sizes, step, say):
+        asked.append((config.training.microbatches, slice_.name, sizes))
+        if len(asked) < 3:
+            raise OutOfMemory("The program does not fit.", 20 * GIB, 16 * GIB)
+        return CompiledStep(step, 1 * GIB, 1 * GIB, 3 * GIB, 1 * GIB, 4 * GIB, 1e12, 0, (), 1e9, None, (), 1, 2)
+
+    def suggested(config, slice_, sizes, step, correction):
+        assert correction == pytest.approx(20 * GIB / estimate(config, slice_, sizes).peak_bytes)
+        for count in (2, 4, 8):
+            changed = dataclasses.replace(config, training=dataclasses.replace(config.training, microbatches=count))
+            yield Suggestion((f"--config.training.microbatches={count}",), "", changed, slice_, sizes, estimate(config, slice_, sizes))
+
+    monkeypatch.setattr(plan_module, "compile_step", refuses)
+    monkeypatch.setattr(plan_module, "suggestions", suggested)
+    plan = make_plan(config, wanted, sizes)
+    assert plan.basis == "by formula" and "does not fit" in plan.why and plan.memory.peak_bytes == 20 * GIB
+    # The smallest change was refused too, the next was compiled, the last is by formula.
+    assert [count for count, *_ in asked] == [1, 2, 4]
+    assert [(change.settings[0][-1], change.basis) for change in plan.changes] == [("4", "compiled"), ("8", "by formula")]
+    assert plan.changes[0].peak_bytes == 4 * GIB
+
+
+# The command line.
+
+
+def plan_words(*more):
+    return ("plan", *WORDS, "--slice=v5e-8", *more)
+
+
+def test_a_table_and_a_picture(moe_jax, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = moe_jax(*plan_words("--formula"))
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("base on v5e-8: one training step") and "by formula: nothing was compiled" in outcome.out
+    picture = (tmp_path / "plan.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
+
+
+def test_json_is_all_there_is_on_stdout_and_nothing_is_drawn_unless_asked_for(moe_jax, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = moe_jax(*plan_words("--formula", "--json", "--mesh=expert=4,fsdp=2"))
+    found = json.loads(outcome.out)
+    assert Plan.from_dict(found).mesh == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
+    assert found["memory"]["fits"] is True and found["tokens_per_second"] > 0 and not list(tmp_path.iterdir())
+    assert moe_jax(*plan_words("--formula", "--json", f"--out={tmp_path / 'a' / 'b.png'}")).code == 0
+    assert (tmp_path / "a" / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_batch_and_context_of_a_step(moe_jax):
+    found = json.loads(moe_jax(*plan_words("--formula", "--json", "--step=decode", "--batch=32", "--context=64")).out)
+    assert (found["sequences"], found["sequence_tokens"], found["tokens"]) == (32, 64, 32)
+    assert found["kv_cache_bytes"] == 2 * 2 * 32 * 64 * 2 * 32 * 2
+
+
+def test_a_search_by_formula_ranks_and_marks(moe_jax, tmp_path):
+    outcome = moe_jax(*plan_words("--formula", "--search", f"--out={tmp_path / 'plan.png'}"))
+    lines = outcome.out.splitlines()
+    assert outcome.code == 0 and lines[1].startswith("->") and "and 4 more meshes" in outcome.out
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(moe_jax(*plan_words("--formula", "--search", "--json")).out)
+    seconds = [row["step_seconds"] for row in found["meshes"] if row["fits"]]
+    assert len(found["meshes"]) == 16 and seconds == sorted(seconds)
+    assert found["best"]["mesh"] == found["meshes"][0]["mesh"]
+
+
+def test_without_libtpu_the_plan_is_by_formula_and_says_how_to_have_the_compiler(moe_jax, monkeypatch, tmp_path):
+    for module in (command, plan_module):
+        monkeypatch.setattr(module, "has_libtpu", lambda: False)
+    outcome = moe_jax(*plan_words(f"--out={tmp_path / 'plan.png'}"))
+    assert outcome.code == 0 and "pip install 'moe_jax[tpu]'" in outcome.err
+    assert "by formula: libtpu, the compiler for TPUs, is not installed" in outcome.out
+    assert "compiled" not in outcome.out.split("collectives")[0]
+
+
+@pytest.mark.parametrize("words, wanted", [
+    (["--slice=v5p-7"], "v5p-8"), (["--slice=v9-8"], "v5e, v5p"), (["--slice="], "--slice=v5p-128"),
+    (["--mesh=data=4"], "does not match 8 devices"), (["--mesh=data=3,expert=8"], "v5e-8 has 8 chips"),
+    (["--mesh=expert=8,model=2"], "data, fsdp, expert, tensor"), (["--mesh=data=2,data=4"], "cannot be read at 'data=4'"),
+    (["--mesh=tensor=4"], "model.num_heads=2"), (["--batch=12"], "data.batch_size: 8, 16"), (["--batch=0"], "at least 1"),
+    (["--step=training"], "train, prefill, decode"), (["--search", "--mesh=data=8"], "leave one of them out"),
+    (["--search=2", "--formula"], "leave one of them out"), (["--no-cache", "--formula"], "leave one of them out"),
+    (["--config.model.vocab_size=0", "--config.data.vocabulary=no/such.model"], "--config.model.vocab_size=32000"),
+    (["--config.moe.num_expert=8"], "moe.num_experts")])
+def test_what_cannot_be_planned_is_one_line_with_what_is_allowed(moe_jax, words, wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = [word for word in plan_words() if not any(word.split("=")[0] == other.split("=")[0] for other in words)]
+    outcome = moe_jax(*base, *words)
+    assert outcome.code == 1 and wanted in outcome.error and not outcome.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_size_of_a_known_vocabulary_need_not_be_given(moe_jax):
+    words = [word for word in plan_words("--formula", "--json") if "vocab_size" not in word]
+    table = 320 * 64  # 259 bytes and marks, rounded up; width 64
+    sizes = [json.loads(moe_jax(*words, *more).out)["parameters_total"] for more in ((), ("--config.data.vocabulary=sentencepiece:576",))]
+    assert sizes[1] - sizes[0] == 2 * (576 * 64 - table)
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(moe_jax, tmp_path):
+    (tmp_path / "plan.png").mkdir()
+    outcome = moe_jax(*plan_words("--formula", f"--out={tmp_path / 'plan.png'}"))
+    assert outcome.code == 1 and "Choose another --out" in outcome.error
+    assert not list((tmp_path / "plan.png").iterdir()) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_help_explains_every_option(moe_jax):
+    outcome = moe_jax("plan", "--help")
+    text = " ".join(outcome.out.split())
+    for option in ("--slice SLICE v5p-128", "--mesh MESH data=8,expert=8", "--step STEP train, prefill or decode",
+                   "--search [N]", "--formula", "--no-cache", "--json", "--out PNG"):
+        assert option in text, option
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_compiled_plan_is_kept_and_found_again(tmp_path):
+    """The real program of a tiny model for eight chips that are not there."""
+    environment = {**os.environ, "MOE_JAX_CACHE": str(tmp_path / "cache")}
+
+    def run(*words):
+        done = subprocess.run([sys.executable, "-m", "moe_jax", *plan_words("--mesh=expert=4,data=2", "--json", *words)],
+                              cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    plan, said = run()
+    assert plan["basis"] == "compiled" and "compiling the train step for v5e-8" in said
+    assert plan["versions"]["libtpu"] and plan["compile_seconds"] > 0
+    parts = plan["memory"]["compiled_bytes"]
+    assert sum(parts.values()) == plan["memory"]["peak_bytes"] and plan["memory"]["fits"]
+    # State and batch are exact by formula; the compiler pads some arrays.
+    state = sum(plan["memory"]["formula_bytes"][name] for name in ("parameters", "optimizer state", "other state and batch"))
+    assert state <= parts["arguments"] < 1.1 * state
+    assert {each["kind"] for each in plan["exchanges"] if each["axes"] == ["expert"]} >= {"all-to-all"}
+    assert plan["compiled_flops"] == pytest.approx(plan["hardware_flops"], rel=0.25)
+    (kept,) = (tmp_path / "cache" / "plans").iterdir()
+    again, said = run()
+    assert again == plan and "compiling" not in said
+    kept.write_text("{")
+    other, said = run("--step=decode")
+    assert other["step"] == "decode" and other["kv_cache_bytes"] > 0 and "compiling" in said
+    assert len(list((tmp_path / "cache" / "plans").iterdir())) == 2

@@ -102,7 +102,7 @@ def run(config: Config, request: Request) -> int:
             def quietly(candidate: Config, compiled: bool) -> Plan:
                 return planner.plan(candidate, compiled, alternatives=False)
 
-            found = search(config, slice_.devices, quietly, (request.search or _COMPILED) if compiles else 0, waiting.say)
+            found = search(config, slice_, quietly, (request.search or _COMPILED) if compiles else 0, waiting.say)
             plan = found.best
     if request.json:
         print(json.dumps(_search_dict(found) if found else plan.to_dict(), indent=1))

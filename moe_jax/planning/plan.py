@@ -7,6 +7,7 @@ devices (tpu7x) a chip's bytes are those of both.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -16,10 +17,14 @@ from moe_jax.config import Config
 from moe_jax.planning.compiled import CompiledStep, OutOfMemory, compile_step
 from moe_jax.planning.formulas import Estimate, estimate
 from moe_jax.planning.slices import INSTALL_LIBTPU, Slice, has_libtpu
+from moe_jax.planning.suggestions import Suggestion, suggestions
 from moe_jax.planning.times import StepTime, collective_seconds, step_time
 from moe_jax.training.metrics import versions
 
 COMPILED, BY_FORMULA = "compiled", "by formula"
+
+# Changes that are named where a step does not fit.
+_MOST_CHANGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +176,6 @@ class Plan:
         return _read(cls, found)
 
 
-def mesh_text(mesh: dict[str, int]) -> str:
-    """``'data 8 x expert 8'``; axes of one device are left out."""
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
-
-
 def _read(kind: Any, value: Any) -> Any:
     """``value``, from JSON, as ``kind``: a dataclass, a tuple of something, or as it is."""
     if dataclasses.is_dataclass(kind):
@@ -224,10 +224,17 @@ def make_plan(config: Config, slice_: Slice, sizes: dict[str, int], step: str = 
         Exchange(each.kind, each.axes, each.dtype, each.shape, each.scope, each.bytes, each.count,
                  each.count * collective_seconds(each, slice_, sizes), each.asynchronous, each.overlapped, each.conditional)
         for each in collectives)
+    changes = ()
+    if alternatives and not memory.fits:
+        say("looking for a change with which it fits")
+        # What the compiler needed over what the formula said.
+        correction = memory.peak_bytes / memory.formula_peak_bytes if compile else 1.0
+        found = itertools.islice(suggestions(config, slice_, sizes, step, correction), _MOST_CHANGES)
+        changes = _changes(list(found), step, compile, correction, say)
     return Plan(
         name=name, step=step, slice=slice_, mesh=dict(sizes), basis=COMPILED if compiled else BY_FORMULA,
         why=_why(compile, refused), sequences=config.data.batch_size, sequence_tokens=config.data.sequence_length,
-        parameters_total=guess.parameters_total, parameters_active=guess.parameters_active, memory=memory, changes=(),
+        parameters_total=guess.parameters_total, parameters_active=guess.parameters_active, memory=memory, changes=changes,
         exchanges=exchanges, model_flops=guess.model_flops, hardware_flops=guess.hardware_flops,
         compiled_flops=compiled.flops * slice_.devices if compiled else None, time=time,
         kv_cache_bytes=guess.kv_cache_bytes * slice_.devices, num_steps=config.training.num_steps,
@@ -235,14 +242,34 @@ def make_plan(config: Config, slice_: Slice, sizes: dict[str, int], step: str = 
         versions=versions())
 
 
+def _changes(found: list[Suggestion], step: str, compile: bool, correction: float,
+             say: Callable[[str], None]) -> tuple[Change, ...]:
+    """The suggestions, from the smallest on compiled until one is known to fit; what the compiler refuses is left out."""
+    changes, known = [], not compile
+    for each in found:
+        if any(set(one.settings) <= set(each.settings) for one in changes):  # less would do
+            continue
+        peak, basis = round(each.estimate.peak_bytes * correction), BY_FORMULA
+        if not known:
+            try:
+                compiled = compile_step(each.config, each.slice, each.sizes, step,
+                                        lambda text: say(f"with {' '.join(each.settings)}: {text}"))
+            except OutOfMemory:
+                continue
+            peak, basis, known = compiled.peak_bytes, COMPILED, True
+        changes.append(Change(each.settings, each.why, peak * each.slice.chip.devices_per_chip, basis))
+    return tuple(changes)
+
+
 def _why(compile: bool, refused: OutOfMemory | None) -> str:
-    if refused is not None:
-        return f"the compiler refuses the program. {refused}"
-    if compile:
+    if compile and refused is None:
         return "the real program, compiled by libtpu for this slice; no TPU ran it."
+    least = "Memory traffic is what must be read and written at the least."
+    if refused is not None:
+        return f"the compiler refuses the program. {refused} {least}"
     if has_libtpu():
-        return "nothing was compiled."
-    return f"libtpu, the compiler for TPUs, is not installed ({INSTALL_LIBTPU})."
+        return f"nothing was compiled. {least}"
+    return f"libtpu, the compiler for TPUs, is not installed ({INSTALL_LIBTPU}). {least}"
 
 
 def _memory(guess: Estimate, compiled: CompiledStep | None, refused: OutOfMemory | None, slice_: Slice) -> Memory:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_jax.analysis.report_figures import ACCENT, EVALUATION, INK, MUTED, TRAIN, new_figure, plain
-from moe_jax.planning.plan import BY_FORMULA, COMPILED, Plan, mesh_text
+from moe_jax.planning.meshes import mesh_text
+from moe_jax.planning.plan import BY_FORMULA, COMPILED, Plan
 from moe_jax.planning.plan_table import GIB, seconds_text
 from moe_jax.planning.slices import PlanError
 

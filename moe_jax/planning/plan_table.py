@@ -6,7 +6,8 @@ import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from moe_jax.planning.plan import BY_FORMULA, Exchange, Plan, mesh_text
+from moe_jax.planning.meshes import mesh_text
+from moe_jax.planning.plan import BY_FORMULA, Exchange, Plan
 from moe_jax.training.metrics import duration
 
 GIB, MIB = 2**30, 2**20
@@ -78,8 +79,8 @@ def _memory(plan: Plan) -> str:
     if not plan.changes:
         lines.append("  no single change of settings known here makes it fit; take more chips, or try --search")
     for change in plan.changes:
-        lines.append(f"  would fit with {' '.join(change.settings)}: {change.peak_bytes / GIB:.1f} GiB, {change.basis} "
-                     f"({change.why})")
+        lines.append(_wrapped(f"would fit with {' '.join(change.settings)}: {change.peak_bytes / GIB:.1f} GiB, "
+                              f"{change.basis}. {change.why}"))
     return "\n".join(lines)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from moe_jax.config import Config, ConfigError
-from moe_jax.planning.plan import Plan, mesh_text
-from moe_jax.sharding import AXES, resolve_mesh
+from moe_jax.config import Config
+from moe_jax.planning.meshes import legal_meshes, mesh_text
+from moe_jax.planning.plan import Plan
+from moe_jax.planning.slices import Slice
 
 # (config with its mesh, compile it?) -> its plan.
 Planner = Callable[[Config, bool], Plan]
@@ -22,42 +23,12 @@ class Found:
     best: Plan | None
 
 
-def legal_meshes(config: Config, devices: int) -> list[Config]:
-    """The config once for each way to lay so many devices out along data, fsdp, expert and tensor that
-    :func:`moe_jax.sharding.resolve_mesh` accepts.
-
-    Raises:
-      ConfigError: there is none; with what is wrong with the config's own mesh.
-    """
-    found = []
-    for sizes in _factorisations(devices, len(AXES)):
-        candidate = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **dict(zip(AXES, sizes))))
-        try:
-            resolve_mesh(candidate, devices)
-        except ConfigError:
-            continue
-        found.append(candidate)
-    if not found:
-        resolve_mesh(config, devices)
-        raise ConfigError(f"no mesh of {devices} devices can run this config; choose another slice or another batch.")
-    return found
-
-
-def _factorisations(total: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """Every ordered way to write ``total`` as a product of so many factors."""
-    if parts == 1:
-        yield (total,)
-        return
-    for first in (d for d in range(1, total + 1) if total % d == 0):
-        yield from ((first, *rest) for rest in _factorisations(total // first, parts - 1))
-
-
 def rank(plan: Plan) -> tuple[bool, float, int]:
     """What fits before what does not; then the faster, then the smaller."""
     return (not plan.memory.fits, plan.time.seconds, plan.memory.peak_bytes)
 
 
-def search(config: Config, devices: int, planner: Planner, compiled: int,
+def search(config: Config, slice_: Slice, planner: Planner, compiled: int,
            say: Callable[[str, float | None], None] = lambda text, seconds_left: None) -> Found:
     """Plans every legal mesh by formula, then compiles the ``compiled`` best ones, one after another.
 
@@ -69,11 +40,9 @@ def search(config: Config, devices: int, planner: Planner, compiled: int,
     Raises:
       ConfigError: no mesh is legal.
     """
-    candidates = legal_meshes(config, devices)
-    by_formula = []
-    for number, candidate in enumerate(candidates, 1):
-        say(f"mesh {number} of {len(candidates)} by formula", None)
-        by_formula.append((planner(candidate, False), candidate))
+    candidates = legal_meshes(config, slice_.devices, slice_.num_slices)
+    say(f"{len(candidates)} meshes by formula", None)
+    by_formula = [(planner(candidate, False), candidate) for candidate in candidates]
     by_formula.sort(key=lambda found: rank(found[0]))
     tried, start = [], time.monotonic()
     for guess, candidate in by_formula:
