@@ -198,10 +198,10 @@ def _of_kernel(computation, instruction) -> Work:
     products = next((count for part, count in (("_fwd", 2), ("_dq", 3), ("_dkv", 4)) if name.startswith("splash_mha" + part)), 0)
     if not products:
         return Work(bytes=moved, uncounted_kernels=frozenset({name}))
-    # The queries, [B, H, S, d], are the first operand of four dimensions; half of the blocks and the diagonal are computed.
-    batch, heads, length, head = next(sizes for operand in instruction.operands
-                                      for _, sizes in arrays(computation[operand].shape) if len(sizes) == 4)
+    # Queries, [B, H, S, d] or one sequence's, come first behind small integers. Half of the blocks and the diagonal are computed.
+    *batch, length, head = next(sizes for operand in instruction.operands for dtype, sizes in arrays(computation[operand].shape)
+                                if len(sizes) >= 3 and "f" in dtype)
     block = block_of(length)
     blocks = length // block
-    flops = products * 2.0 * batch * heads * head * block * block * blocks * (blocks + 1) / 2
+    flops = products * 2.0 * math.prod(batch) * head * block * block * blocks * (blocks + 1) / 2
     return Work(flops, moved, flops)
