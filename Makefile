@@ -18,12 +18,14 @@ endif
 INSTALL = "$(PYTHON)" tools/install.py --venv "$(VENV)" --accelerator "$(ACCELERATOR)" $(NAMED)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lock clean python-is-there
+.PHONY: help train test golden lock clean python-is-there
 
 help:
 	@echo "make train   install, train $(CONFIG) on the corpus that comes with Python, write the report;"
 	@echo "             again: resume, or say that the run is complete"
-	@echo "make test    install what the tests need too (TensorFlow: 800 MB more), run the test suite"
+	@echo "make test    install what the tests need too (TensorFlow, and libtpu to compile for TPUs that need not be there:"
+	@echo "             1 GB more), run the test suite"
+	@echo "make golden  write docs/collectives.md again: what each parallel layout exchanges, from the compiled programs"
 	@echo "make lock    make requirements.lock from setup.py again (ARGS=--upgrade takes newer releases)"
 	@echo "make clean   remove $(VENV) and what installing and testing left; training runs stay"
 	@echo "make help    this"
@@ -43,13 +45,17 @@ train: python-is-there
 	@"$(VENV)/bin/moe-jax" train --config="$(CONFIG)" --workdir="$(WORKDIR)" --devices="$(DEVICES)" $(ARGS)
 
 test: python-is-there
-	@$(INSTALL) --extras data,dev
+	@$(INSTALL) --extras data,dev,tpu
 	@"$(VENV)/bin/python" -m pytest -n "$(JOBS)" --dist loadfile $(ARGS)
+
+golden: python-is-there
+	@$(INSTALL) --extras data,dev,tpu
+	@"$(VENV)/bin/python" tests/golden_collectives.py write
 
 lock: python-is-there
 	@test -x .venv-lock/bin/uv || { "$(PYTHON)" -m venv .venv-lock && .venv-lock/bin/python -m pip install -qq uv; }
 	@echo "Resolving setup.py for every supported Python ..."
-	@.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra data --extra dev \
+	@.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra data --extra dev --extra tpu \
 		--annotation-style line --custom-compile-command "make lock" --output-file requirements.lock $(ARGS) setup.py
 	@echo "requirements.lock is up to date; 'git diff requirements.lock' shows what changed."
 

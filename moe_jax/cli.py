@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import logging
 import math
@@ -267,7 +268,31 @@ def prepare_process(devices: int) -> None:
             flags.append(f"{flag}={seconds}")
     os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if _installed("libtpu") and not has_tpu() and not any(map(_installed, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        # libtpu is there to compile for TPUs elsewhere; looking for one here it prints errors.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     keep_freed_memory()
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+# PCI device numbers of Google's TPUs (vendor 0x1ae0), as in tools/install.py.
+TPU_PCI_DEVICES = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
+
+
+def has_tpu() -> bool:
+    """Whether this machine has a TPU, without asking libtpu."""
+    def number(device, name):
+        try:
+            return (device / name).read_text().strip()
+        except OSError:
+            return ""
+
+    return os.path.exists("/dev/accel0") or any(
+        number(vendor.parent, "vendor") == "0x1ae0" and number(vendor.parent, "device") in TPU_PCI_DEVICES
+        for vendor in pathlib.Path("/sys/bus/pci/devices").glob("*/vendor"))
 
 
 def keep_freed_memory() -> None:

@@ -120,6 +120,19 @@ def mappings() -> int:
         return 0
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Says whether the tests that compile for TPUs ran: nobody reads a count of skipped tests."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", ())
+               if isinstance(report.longrepr, tuple) and "libtpu" in report.longrepr[2]]
+    if skipped:
+        terminalreporter.write_sep("=", "SKIPPED: programs for TPUs", yellow=True)
+        terminalreporter.write_line(f"{len(skipped)} tests compile for TPUs and were skipped: {skipped[0].longrepr[2]}")
+    elif importlib.util.find_spec("libtpu"):
+        terminalreporter.write_line(f"programs for TPUs are compiled with libtpu {importlib.metadata.version('libtpu')}")
+    else:
+        terminalreporter.write_line("libtpu is not installed (pip install '.[tpu]'): no test could compile for a TPU")
+
+
 def pytest_unconfigure(config):
     if not IS_WORKER:
         shutil.rmtree(os.environ["MOE_JAX_TEST_SESSION"], ignore_errors=True)

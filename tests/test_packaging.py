@@ -1,8 +1,10 @@
 """What a user installs and runs: setup.py, requirements.lock, the Makefile, tools/install.py."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import runpy
 import shutil
@@ -57,11 +59,42 @@ def test_the_lock_pins_everything_setup_asks_for_within_its_bounds(monkeypatch, 
     locked = locked_versions(python)
     extras = arguments["extras_require"]
     assert set(extras) >= {"tpu", "cuda", "data", "hf", "dev"}
-    for text in arguments["install_requires"] + extras["data"] + extras["dev"]:
+    assert "libtpu" in locked, "`make test` compiles for TPUs: the lock pins what jax[tpu] asks for; run `make lock`"
+    for text in arguments["install_requires"] + extras["data"] + extras["dev"] + extras["tpu"]:
         wanted = Requirement(text)
         name = canonicalize_name(wanted.name)
         assert name in locked, f"{text} is in setup.py but not in requirements.lock: run `make lock`"
         assert wanted.specifier.contains(locked[name]), f"setup.py asks for {text}, the lock has {locked[name]}: run `make lock`"
+
+
+def test_the_locks_libtpu_is_the_one_this_jax_asks_for():
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    asked = [Requirement(text) for text in importlib.metadata.requires("jax")]
+    libtpu = next(each for each in asked if each.name == "libtpu" and each.marker.evaluate({"extra": "tpu"}))
+    locked = locked_versions(python)
+    if importlib.metadata.version("jax") != locked["jax"]:
+        pytest.skip(f"JAX here is not the lock's {locked['jax']}")
+    assert libtpu.specifier.contains(locked["libtpu"])
+
+
+def test_libtpu_is_not_started_where_there_is_no_tpu(install, monkeypatch):
+    """It prints errors when it finds none; a choice by the user stands."""
+    from moe_jax import cli
+
+    assert cli.TPU_PCI_DEVICES == install.TPU_PCI_DEVICES
+    monkeypatch.setattr(cli, "_installed", lambda name: name == "libtpu")
+    monkeypatch.setattr(cli, "has_tpu", lambda: False)
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    monkeypatch.delenv("JAX_PLATFORMS")
+    cli.prepare_process(1)
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    cli.prepare_process(1)
+    assert os.environ["JAX_PLATFORMS"] == "tpu"
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(cli, "has_tpu", lambda: True)
+    cli.prepare_process(1)
+    assert "JAX_PLATFORMS" not in os.environ
 
 
 def test_setup_names_the_supported_pythons_and_the_command(monkeypatch):

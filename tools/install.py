@@ -251,7 +251,7 @@ def main():
         extras = sorted(wanted | had)
         if accelerator != "cpu" and options.accelerator == "auto":
             say("This machine has a %s (ACCELERATOR=cpu goes without)." % ("TPU" if accelerator == "tpu" else "NVIDIA GPU"))
-        large = "with TensorFlow, 800 MB to download; a few minutes" if "data" in extras else "JAX and what training needs, 250 MB; about a minute"
+        large = "with TensorFlow and libtpu, 1 GB to download; a few minutes" if "data" in extras else "JAX and what training needs, 250 MB; about a minute"
         say("Installing moe_jax%s from requirements.lock (%s) ..." % ("[%s]" % ",".join(extras) if extras else "", large))
         start = time.time()
         environment.install(extras)

@@ -86,9 +86,11 @@ def _of_computation(program: Program, name: str, times: int, naming: "_Naming") 
                 continue
             rounds = trip_count(program, name, instruction) if instruction.opcode == "while" else 1
             inside = _of_computation(program, called, times * (1 if rounds is None else rounds), naming)
-            found += _conditional(inside) if rounds is None else _of_fusion(program, instruction, called, inside, schedule, place)
+            inside = _conditional(inside) if rounds is None else inside
+            found += _of_fusion(program, instruction, called, inside, schedule, place)
         branches = [_of_computation(program, branch, times, naming) for branch in instruction.branches()]
-        found += _conditional(max(branches, key=lambda branch: sum(each.bytes * each.count for each in branch), default=[]))
+        most = max(branches, key=lambda branch: sum(each.bytes * each.count for each in branch), default=[])
+        found += _conditional(most)
     return found
 
 
@@ -142,7 +144,8 @@ def _dtypes(shapes: list[str]) -> str:
 
 def _plain(shapes: list[str]) -> str:
     """Without layouts, equal ones counted: "3 x bf16[2,4]"."""
-    plain = collections.Counter(f"{dtype}[{','.join(map(str, sizes))}]" for shape in shapes for dtype, sizes in arrays(shape))
+    plain = collections.Counter(f"{dtype}[{','.join(map(str, sizes))}]"
+                                for shape in shapes for dtype, sizes in arrays(shape))
     return ", ".join(f"{number} x {shape}" if number > 1 else shape for shape, number in plain.items())
 
 
@@ -182,15 +185,16 @@ def _of_fusion(program, fusion, called, inside, schedule, place) -> list[Collect
     targets = [each.attribute("custom_call_target") for each in body if each.opcode == "custom-call"]
     if "AsyncCollectiveStart" in targets:
         channels = {each.attribute("channel_id") for each in body if each.opcode in KINDS}
-        done = next((at for at in range(place + 1, len(schedule)) if _ends(program, schedule[at], channels)), len(schedule))
+        later = range(place + 1, len(schedule))
+        done = next((at for at in later if _ends(program, schedule[at], channels)), len(schedule))
         overlapped = _computes(program, schedule[place + 1:done])
         return [dataclasses.replace(each, asynchronous=True, overlapped=overlapped) for each in inside]
     if any('"async_collective_fusion_config"' in each.rest for each in body if each.opcode in KINDS):
         return []
     inside = [dataclasses.replace(each, scope=each.scope or _scope(fusion)) for each in inside]
     if any(each.opcode == "dynamic-slice" for each in body) and fusion.attribute("kind") == "kCustom":
-        return [dataclasses.replace(each, kind="reduce-scatter", bytes=each.bytes // 2) if each.kind == "all-reduce" else each
-                for each in inside]
+        return [each if each.kind != "all-reduce" else
+                dataclasses.replace(each, kind="reduce-scatter", bytes=each.bytes // 2) for each in inside]
     return inside
 
 
@@ -247,9 +251,9 @@ def _is_work(program, instruction) -> bool:
 def replica_groups(rest: str, devices: int) -> list[list[int]]:
     """The groups in an instruction's attributes, in all ways XLA writes them; one group of all if it names none.
 
-    ``{{0,1},{2,3}}`` lists them; ``[2,4]<=[4,2]T(1,0)`` numbers 0 … 7 as a 4 × 2 array, transposes it and cuts it into 2 rows
-    of 4; ``mesh['a'=2,'b'=4] {'b'}`` numbers a mesh and groups along axes of it, where ``device_ids`` may be transposed first
-    and ``'b':(2)2`` is a part of an axis, here of 2 after 2.
+    ``{{0,1},{2,3}}`` lists them; ``[2,4]<=[4,2]T(1,0)`` numbers 0 … 7 as a 4 × 2 array, transposes it and cuts it into
+    2 rows of 4; ``mesh['a'=2,'b'=4] {'b'}`` numbers a mesh and groups along axes of it, where ``device_ids`` may be
+    transposed first and ``'b':(2)2`` is a part of an axis, here of 2 after 2.
     """
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         return _iota(*match.group(2, 3)).reshape(_numbers(match.group(1))).tolist()
@@ -327,7 +331,8 @@ class _Naming:
     def of_groups(self, groups: list[list[int]]) -> tuple[tuple[str, ...], int]:
         """The axes along which the devices of a group differ, and the devices of a group."""
         devices = max(map(len, groups))
-        axes = self._differing(np.stack([self._coordinates(self.places[group]) for group in groups if len(group) == devices]))
+        full = [self._coordinates(self.places[group]) for group in groups if len(group) == devices]
+        axes = self._differing(np.stack(full))
         whole = math.prod(len(set(self._coordinates(self.places)[list(self.shape).index(axis)])) for axis in axes)
         return axes if devices == whole else (*axes, PART), devices
 

@@ -1,4 +1,4 @@
-"""The text of a compiled program (``compiled.as_text()``) as instructions; rounds of its loops; the compiler's estimates."""
+"""The text of a compiled program (``compiled.as_text()``) as instructions; rounds of loops; the compiler's estimates."""
 
 import dataclasses
 import math
@@ -87,7 +87,8 @@ def _instruction(line: str) -> Instruction | None:
     # A name comes last: older programs write each operand's shape before it.
     operands = tuple(re.findall(r"%([\w.\-]+)", argument)) if "%" in argument else tuple(
         part.strip().split(" ")[-1] for part in re.sub(r"/\*.*?\*/", "", argument).split(",") if part.strip())
-    return Instruction(left.group(2), line[start:end], opcode.group(1), operands, argument, line[close + 1:], bool(left.group(1)))
+    return Instruction(left.group(2), line[start:end], opcode.group(1), operands, argument, line[close + 1:],
+                       bool(left.group(1)))
 
 
 def _closing(text: str, start: int) -> int:
@@ -150,8 +151,8 @@ _UNCHANGED = ("copy", "copy-start", "copy-done", "bitcast", "reshape", "convert"
 
 
 def _value(program, computation, name, arguments):
-    """What a scalar is, as a tuple: ("constant", n), ("state", i) of a loop's tuple, ("add", a, b), ("compare", how, a, b);
-    None of anything else. ``arguments``: values of the parameters where the computation is a fusion's."""
+    """What a scalar is, as a tuple: ("constant", n), ("state", i) of a loop's tuple, ("add", a, b), ("compare", how, a,
+    b); None of anything else. ``arguments``: values of the parameters where the computation is a fusion's."""
     instruction = program.computations[computation].get(name)
     if instruction is None:
         return None
