@@ -40,7 +40,7 @@ def _draw_memory(axis: Any, plan: Plan) -> None:
     available = memory.available_bytes / GIB
     axis.axvline(available, color=EVALUATION, linestyle=(0, (5, 3)), linewidth=1.3, label=f"a chip has {available:.1f}")
     axis.set_yticks(range(len(bars)), [label for label, _ in bars])
-    axis.invert_yaxis()
+    axis.set_ylim(1.6, -0.6)  # one bar is no thicker than two
     axis.set(xlabel="memory per chip (GiB)")
     axis.set_xlim(0, 1.12 * max(available, *(sum(parts.values()) / GIB for _, parts in bars)))
     axis.grid(axis="y", visible=False)
@@ -66,7 +66,7 @@ def search_figure(plans: Sequence[Plan], best: Plan | None) -> Any:
     figure, axes = new_figure(1.4 + 0.32 * len(plans), 1, 2, sharey=True)
     first = plans[0]
     figure.suptitle(plain(f"{first.name}, {first.step}, {first.slice.name} ({first.slice.chips} chips "
-                          f"{first.slice.chip.name})"), fontsize=10.5, color=INK, x=0.01, ha="left")
+                          f"{first.slice.chip.name}); green: the best, grey: does not fit"), fontsize=10.5, color=INK, x=0.01, ha="left")
     scale, unit = (1.0, "s") if max(plan.time.seconds for plan in plans) >= 1 else (1e3, "ms")
     colours = [ACCENT if plan is best else TRAIN if plan.memory.fits else MUTED for plan in plans]
     rows, (left, right) = range(len(plans)), axes[0]

@@ -34,7 +34,9 @@ def count_text(count: float) -> str:
 def seconds_text(seconds: float) -> str:
     if seconds >= 60:
         return duration(seconds)
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    if seconds >= 1 or seconds == 0:
+        return f"{seconds:.2f} s"
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
 
 
 def _long(seconds: float) -> str:
@@ -63,12 +65,13 @@ def _heading(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     memory = plan.memory
-    gib = lambda count: f"{count / GIB:.2f}"
-    rows = [(f"memory per chip, GiB{_of_both_devices(plan)}", BY_FORMULA, "compiled")]
-    rows += [(f"  {name}", gib(count), "") for name, count in memory.formula_bytes.items()]
-    rows += [(f"  {name}", "", gib(count)) for name, count in memory.compiled_bytes.items()]
-    compiled = gib(memory.peak_bytes) if plan.basis != BY_FORMULA else ""
-    rows.append(("  peak", gib(memory.formula_peak_bytes), compiled))
+    size, unit = (GIB, "GiB") if max(memory.peak_bytes, memory.formula_peak_bytes) >= GIB else (MIB, "MiB")
+    amount = lambda count: f"{count / size:.2f}"
+    rows = [(f"memory per chip, {unit}{_of_both_devices(plan)}", BY_FORMULA, "compiled")]
+    rows += [(f"  {name}", amount(count), "") for name, count in memory.formula_bytes.items()]
+    rows += [(f"  {name}", "", amount(count)) for name, count in memory.compiled_bytes.items()]
+    compiled = amount(memory.peak_bytes) if plan.basis != BY_FORMULA else ""
+    rows.append(("  peak", amount(memory.formula_peak_bytes), compiled))
     if plan.basis == BY_FORMULA:
         rows = [row[:2] for row in rows]
     verdict = (f"{memory.headroom_bytes / GIB:.1f} free, fits" if memory.fits else
@@ -129,7 +132,7 @@ def _time(plan: Plan) -> str:
         result.append(f"{plan.chip_hours:,.0f} chip-hours for {plan.num_steps:,} steps "
                       f"({count_text(plan.num_steps * plan.tokens)} tokens, {_long(plan.num_steps * time.seconds)})")
     if plan.kv_cache_bytes:
-        result.append(f"KV cache {plan.kv_cache_bytes / GIB:.1f} GiB over all chips")
+        result.append(f"KV cache {plan.kv_cache_bytes / GIB:.3g} GiB over all chips")
     lines.append(_wrapped("; ".join(result)))
     return "\n".join(lines)
 
