@@ -15,7 +15,7 @@ from moe_jax.nn.moe import MoEStatistics, RoutingMode
 from moe_jax.routing import ROUTERS
 from moe_jax.routing.balance import balance_loss, extra_loss, extra_weights, router_z_loss, updated_bias
 from moe_jax.routing.policy import policy_losses, policy_weights, running_mean, uniform_guess, updated_running_mean
-from moe_jax.sharding import TOKEN_AXES
+from moe_jax.sharding import TOKEN_AXES, compiler_options
 from moe_jax.training.losses import cross_entropy, smoothed_cross_entropy
 from moe_jax.training.optimizer import make_optimizer, schedule
 from moe_jax.training.state import TrainState, model_graph, state_specs
@@ -147,20 +147,27 @@ def gradients(params: Any, config: Config, vocab_size: int, batch: Batch, bias_L
     parts, keys = _microbatches(batch, count), jax.random.split(key, count)
     counts = _global_counts(params, config, vocab_size, parts, bias_LE, keys) if _needs_counts(config) else None
 
-    def step(carry, scanned):
-        part, key = scanned
+    def one(part, key):
         (_, metrics), grads = grad_fn(params, config, vocab_size, part, bias_LE, key, total_tokens, counts, mean_reward)
+        return grads, metrics
+
+    def step(carry, scanned):
         grads_sum, metrics_sum = carry
+        grads, metrics = one(*scanned)
         return (jax.tree.map(jnp.add, grads_sum, grads),
                 {"sums": jax.tree.map(jnp.add, metrics_sum["sums"], metrics["sums"]),
                  "routing": add_routing_sums(metrics_sum["routing"], metrics["routing"])}), None
 
-    first = jax.tree.map(lambda x: x[0], parts)
-    (_, metrics), grads = grad_fn(params, config, vocab_size, first, bias_LE, keys[0], total_tokens, counts,
-                                  mean_reward)
-    rest = jax.tree.map(lambda x: x[1:], (parts, keys))
-    (grads, metrics), _ = jax.lax.scan(step, (grads, metrics), rest)
-    return grads, metrics
+    # From zeros, not from the first microbatch: the model would stand in the program twice, and compile twice as long.
+    shapes = jax.eval_shape(lambda parts, keys: one(jax.tree.map(lambda x: x[0], parts), keys[0]), parts, keys)
+    start = jax.tree_util.tree_map_with_path(_nothing_yet, shapes)
+    return jax.lax.scan(step, start, (parts, keys))[0]
+
+
+def _nothing_yet(path, shape):
+    """What a sum over microbatches, or a maximum of logits, begins with."""
+    value = -jnp.inf if getattr(path[-1], "key", "") == "logit_max_L" else 0
+    return jnp.full(shape.shape, value, shape.dtype, out_sharding=shape.sharding)
 
 
 def _needs_counts(config: Config) -> bool:
@@ -258,4 +265,5 @@ def _updated(state, grads, metrics, config):
 
 def jitted_train_step(config: Config, vocab_size: int):
     """``(state, batch) -> (state, metrics)``, compiled; the old state's memory is reused for the new."""
-    return jax.jit(functools.partial(train_step, config=config, vocab_size=vocab_size), donate_argnums=0)
+    return jax.jit(functools.partial(train_step, config=config, vocab_size=vocab_size), donate_argnums=0,
+                   compiler_options=compiler_options())
