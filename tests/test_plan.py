@@ -490,7 +490,7 @@ def test_a_compiled_plan_is_kept_and_found_again(tmp_path):
     assert sum(parts.values()) == plan["memory"]["peak_bytes"] and plan["memory"]["fits"]
     # State and batch are exact by formula; the compiler pads some arrays.
     state = sum(plan["memory"]["formula_bytes"][name] for name in ("parameters", "optimizer state", "other state and batch"))
-    assert state <= parts["arguments"] < 1.1 * state
+    assert state <= parts["arguments"] < 1.3 * state
     assert {each["kind"] for each in plan["exchanges"] if each["axes"] == ["expert"]} >= {"all-to-all"}
     assert plan["compiled_flops"] == pytest.approx(plan["hardware_flops"], rel=0.25)
     (kept,) = (tmp_path / "cache" / "plans").iterdir()

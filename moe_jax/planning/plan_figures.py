@@ -14,7 +14,7 @@ from moe_jax.planning.plan import BY_FORMULA, COMPILED, Plan
 from moe_jax.planning.plan_table import GIB, seconds_text
 from moe_jax.planning.slices import PlanError
 
-_COLOURS = ("#3e7cb1", "#8fb8de", "#2a9d8f", "#e9c46a", "#c8553d", "#9aa5b1", "#6d597a", "#b5838d")
+_COLOURS = ("#3e7cb1", "#8fb8de", "#2a9d8f", "#e9c46a", "#c8553d", "#9aa5b1", "#6d597a", "#b5838d", "#52606d", "#90a955")
 
 
 def plan_figure(plan: Plan) -> Any:
@@ -34,6 +34,8 @@ def _draw_memory(axis: Any, plan: Plan) -> None:
     for row, (label, parts) in enumerate(bars):
         left = 0.0
         for name, count in parts.items():
+            if count < 0.002 * memory.peak_bytes:  # could not be seen; the table has it
+                continue
             axis.barh(row, count / GIB, left=left, height=0.55, color=_COLOURS[shown % len(_COLOURS)], label=plain(name))
             left, shown = left + count / GIB, shown + 1
         axis.text(left, row, f" {left:.1f}", va="center", fontsize=9, color=INK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
@@ -138,7 +139,10 @@ def _time(plan: Plan) -> str:
 
 
 def _wrapped(text: str) -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    """Lines of a readable width; a number stays with its unit."""
+    joined = re.sub(r"(?<=\d) (?=(?:s|h|min|GiB|T|B|%|days)\b)", "\xa0", text)
+    lines = textwrap.fill(joined, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return lines.replace("\xa0", " ")
 
 
 def _notes(plan: Plan) -> str:
