@@ -97,7 +97,7 @@ def test_auto_takes_it_where_it_can_and_splash_says_why_it_cannot(monkeypatch):
 
     with jax.set_mesh(tiny.ONE):
         assert not uses(head_dim=64)
-        with pytest.raises(ConfigError, match="model.attention='splash': it runs on tpu, and this program is compiled for cpu"):
+        with pytest.raises(ConfigError, match="attention='splash': it runs on tpu, and this program is compiled for cpu"):
             uses(head_dim=64, attention="splash")
     monkeypatch.setattr(attention, "lowering_platform", lambda: "tpu")
     assert uses(head_dim=64) and uses(head_dim=128, attention="splash") and not uses(head_dim=64, attention="plain")

@@ -195,12 +195,14 @@ def _of_kernel(computation, instruction) -> Work:
         return Work(float(declared.group(1)), moved, float(declared.group(1)))
     name = re.sub(r"[.\d]+$", "", instruction.name)
     # Of a pair of blocks: q·k and p·v forward; for dq also do·v and ds·k; for dk and dv q·k, do·v, p·do and ds·q.
-    products = next((count for part, count in (("_fwd", 2), ("_dq", 3), ("_dkv", 4)) if name.startswith("splash_mha" + part)), 0)
+    kinds = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+    products = next((count for kind, count in kinds.items() if name.startswith(kind)), 0)
     if not products:
         return Work(bytes=moved, uncounted_kernels=frozenset({name}))
-    # Queries, [B, H, S, d] or one sequence's, come first behind small integers. Half of the blocks and the diagonal are computed.
-    *batch, length, head = next(sizes for operand in instruction.operands for dtype, sizes in arrays(computation[operand].shape)
-                                if len(sizes) >= 3 and "f" in dtype)
+    # Queries, [B, H, S, d] or one sequence's, come first behind small integers. Of the square of blocks the kernel computes
+    # the diagonal and what is below.
+    operands = [array for operand in instruction.operands for array in arrays(computation[operand].shape)]
+    *batch, length, head = next(sizes for dtype, sizes in operands if len(sizes) >= 3 and "f" in dtype)
     block = block_of(length)
     blocks = length // block
     flops = products * 2.0 * math.prod(batch) * head * block * block * blocks * (blocks + 1) / 2

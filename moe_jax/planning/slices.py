@@ -86,13 +86,13 @@ def _chip(name, device_kind, gib, hbm, ici, links, dcn, matrix_units, devices=1)
 
 
 # Memory: what libtpu 0.0.42 says is available when it refuses a program; Google's pages, docs.cloud.google.com/tpu/docs/
-# {v4,v5e,v5p,v6e,tpu7x}, say 32, 16, 95, 32 and 192 GB, of which the runtime keeps some. Bandwidths of memory, of one link
-# one way and of the data-centre network: Austin et al. 2025, How to Scale Your Model (jax-ml.github.io/scaling-book/tpus,
-# "TPU specs"); its links are 0.9 of the nominal figure on Google's pages (v5p: 1200 GB/s = 6 links x 2 ways x 100 GB/s).
-# Matrix units of a device: the same pages; where they differ (v6e: 2 or 4), and for tpu7x, as many as libtpu's own estimates
-# of cycles need. Shapes: the same pages of Google's, "Configurations". What the number in a name counts: v4 and v5p TensorCores ("v5p-128
-# is 4x4x4"), v5e and v6e chips, which have one core (the same pages); tpu7x TensorCores again (XPK and MaxText:
-# tpu7x-128 is 4x4x4).
+# {v4,v5e,v5p,v6e,tpu7x}, say 32, 16, 95, 32 and 192 GB, of which the runtime keeps some. Bandwidths of memory, of one
+# link one way and of the data-centre network: Austin et al. 2025, How to Scale Your Model (jax-ml.github.io/scaling-book/
+# tpus, "TPU specs"); its links are 0.9 of the figure on Google's pages (v5p: 1200 GB/s = 6 links x 2 ways x 100 GB/s).
+# Matrix units of a device: the same pages; where they differ (v6e: 2 or 4), and for tpu7x, as many as libtpu's own
+# estimates of cycles need. Shapes: the same pages of Google's, "Configurations". What the number in a name counts: v4 and
+# v5p TensorCores ("v5p-128 is 4x4x4"), v5e and v6e chips, which have one core (the same pages); tpu7x TensorCores again
+# (XPK and MaxText: tpu7x-128 is 4x4x4).
 _FAMILIES = {family.chip.name: family for family in (
     _Family(_chip("v4", "TPU v4", 30.75, 1.2e12, 4.5e10, 6, 6.25e9, (8, 128)), "TPU v4", 2, _CUBIC, 4096,
             (("chip_config_name", "megacore"),)),

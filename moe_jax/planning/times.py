@@ -70,11 +70,11 @@ def step_time(slice_: Slice, sizes: dict[str, int], flops: float, bytes_accessed
         bound = NETWORK
     parts = {"products at peak": products, "memory at full bandwidth": memory, "network, exposed": exposed,
              "network, overlapped": hidden}
-    basis = ("roofline: the larger of products at the chip's dense bf16 peak, memory traffic at full bandwidth and overlapped "
-             "collectives, plus the other collectives; a bound from below, not a measurement")
+    basis = ("roofline: the larger of products at the chip's dense bf16 peak, memory traffic at full bandwidth and "
+             "overlapped collectives, plus the other collectives; a bound from below, not a measurement")
     if cycles is not None:
         parts["compiler's estimate, without network"] = cycles / chip.clock_hz + kernel_flops / peak
-        basis += ("; beside it the compiler's estimated cycles, kernels, of which it estimates nothing, at peak")
+        basis += "; beside it the compiler's estimated cycles, kernels, of which it estimates nothing, at peak"
     return StepTime(seconds, bound, parts, basis)
 
 
