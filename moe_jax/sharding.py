@@ -175,7 +175,8 @@ def placed(sizes: dict[str, int], devices: list[Any], slice_axis: str = "data") 
 def gathered(weight: jax.Array, letters: str, dtype: jnp.dtype) -> jax.Array:
     """A parameter as it is used: cast, then complete along D.  [D_fsdp, ...] -> all-gather -> [D, ...].
 
-    Cast first: the gather moves compute-dtype bytes, and its gradient is a reduce-scatter.
+    Cast first: the gather moves compute-dtype bytes. Its gradient is a reduce-scatter where XLA makes one of the all-reduce
+    and the slice that it is given; with ``data`` above 1 it often does not.
     """
     return jax.reshard(weight.astype(dtype), spec(letters, {**PARAMETERS, "D": None}))
 
