@@ -406,6 +406,18 @@ def test_json_is_all_there_is_on_stdout_and_nothing_is_drawn_unless_asked_for(mo
     assert (tmp_path / "a" / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_slices_may_divide_another_axis_than_data(moe_jax):
+    words = ("--config.data.batch_size=64", "--formula", "--json", "--slice=2x v5e-8", "--mesh=fsdp=2,expert=8")
+    refused = moe_jax("plan", *WORDS, *words)
+    assert refused.code == 1 and "mesh.slice_axis" in refused.error
+    found = json.loads(moe_jax("plan", *WORDS, *words, "--config.mesh.slice_axis=fsdp").out)
+    assert found["mesh"]["fsdp"] == 2 and found["slice"]["num_slices"] == 2
+    # What passes from slice to slice takes longer than what stays inside.
+    one = json.loads(moe_jax("plan", *WORDS, *words, "--slice=v5e-16").out)
+    slower = {bool(set(a["axes"]) & {"fsdp"}) for a, b in zip(found["exchanges"], one["exchanges"]) if a["seconds"] > b["seconds"]}
+    assert slower == {True}
+
+
 def test_batch_and_context_of_a_step(moe_jax):
     found = json.loads(moe_jax(*plan_words("--formula", "--json", "--step=decode", "--batch=32", "--context=64")).out)
     assert (found["sequences"], found["sequence_tokens"], found["tokens"]) == (32, 64, 32)

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from typing import Any
 
-from moe_jax.config import Config, ConfigError, MeshConfig
+from moe_jax.config import Config, ConfigError
 from moe_jax.data.vocabularies import VocabularyError, load_vocabulary, sentencepiece_size
 from moe_jax.planning import plan_cache
 from moe_jax.planning.compiled import STEPS
@@ -125,7 +125,7 @@ def planned_config(config: Config, request: Request) -> Config:
     if request.step != "train":  # nothing is accumulated
         training = dataclasses.replace(training, microbatches=1)
     model = dataclasses.replace(config.model, vocab_size=_vocab_size(config))
-    mesh = parse_mesh(request.mesh) if request.mesh else config.mesh
+    mesh = dataclasses.replace(config.mesh, **parse_mesh(request.mesh)) if request.mesh else config.mesh
     return dataclasses.replace(config, data=data, training=training, model=model, mesh=mesh)
 
 
@@ -141,7 +141,7 @@ def _vocab_size(config: Config) -> int:
     return table_size(config, size)
 
 
-def parse_mesh(text: str) -> MeshConfig:
+def parse_mesh(text: str) -> dict[str, int]:
     """``'data=8,expert=8'``. Axes that are not named are 1, but for data, which takes what remains.
 
     Raises:
@@ -156,7 +156,7 @@ def parse_mesh(text: str) -> MeshConfig:
                               f"commas, of the axes {', '.join(AXES)}: --mesh=data=8,expert=8.")
         named.add(axis)
         sizes[axis] = int(size)
-    return MeshConfig(**sizes)
+    return sizes
 
 
 def check_mesh(config: Config, slice_: Slice) -> dict[str, int]:

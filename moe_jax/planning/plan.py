@@ -214,15 +214,15 @@ def make_plan(config: Config, slice_: Slice, sizes: dict[str, int], step: str = 
         except OutOfMemory as error:
             refused = error
     memory = _memory(guess, compiled, refused, slice_)
-    collectives = compiled.collectives if compiled else guess.collectives
+    collectives, axis = compiled.collectives if compiled else guess.collectives, config.mesh.slice_axis
     if compiled:
         time = step_time(slice_, sizes, compiled.flops, compiled.bytes_accessed, collectives, compiled.cycles,
-                         compiled.kernel_flops)
+                         compiled.kernel_flops, slice_axis=axis)
     else:
-        time = step_time(slice_, sizes, guess.hardware_flops / slice_.devices, _traffic(guess), collectives)
+        time = step_time(slice_, sizes, guess.hardware_flops / slice_.devices, _traffic(guess), collectives, slice_axis=axis)
     exchanges = tuple(
         Exchange(each.kind, each.axes, each.dtype, each.shape, each.scope, each.bytes, each.count,
-                 each.count * collective_seconds(each, slice_, sizes), each.asynchronous, each.overlapped, each.conditional)
+                 each.count * collective_seconds(each, slice_, sizes, axis), each.asynchronous, each.overlapped, each.conditional)
         for each in collectives)
     changes = ()
     if alternatives and not memory.fits:

@@ -40,6 +40,10 @@ def seconds_text(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
 
 
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _long(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days" if seconds > 2 * 86400 else duration(seconds)
 
@@ -99,7 +103,7 @@ def _exchanges(plan: Plan) -> str:
     rows = [("collectives per step", "over", "data", "count", "MiB each", "GiB sent", "time", "beside computing")]
     for row in merged(plan.exchanges):
         rows.append((f"  {row.kind}", " x ".join(row.axes) or "-", row.dtype, f"{row.count:,}",
-                     f"{row.bytes_sent / MIB:.4g}", f"{row.bytes_sent * row.count / GIB:.3g}", seconds_text(row.seconds),
+                     _amount(row.bytes_sent / MIB), _amount(row.bytes_sent * row.count / GIB), seconds_text(row.seconds),
                      "yes" if row.overlapped else "no"))
     return aligned(rows, left=3)
 
@@ -133,7 +137,7 @@ def _time(plan: Plan) -> str:
         result.append(f"{plan.chip_hours:,.0f} chip-hours for {plan.num_steps:,} steps "
                       f"({count_text(plan.num_steps * plan.tokens)} tokens, {_long(plan.num_steps * time.seconds)})")
     if plan.kv_cache_bytes:
-        result.append(f"KV cache {plan.kv_cache_bytes / GIB:.3g} GiB over all chips")
+        result.append(f"KV cache {_amount(plan.kv_cache_bytes / GIB)} GiB over all chips")
     lines.append(_wrapped("; ".join(result)))
     return "\n".join(lines)
 
