@@ -65,8 +65,8 @@ def check_request(request: Request) -> None:
         if not condition:
             raise ConfigError(text)
 
-    require(request.slice != "", "--slice is missing: name the TPUs to plan for, e.g. --slice=v5p-128, --slice=v5p:4x4x4 or "
-            "--slice='2x v6e-256'.")
+    require(request.slice != "", "--slice is missing: name the TPUs to plan for, e.g. --slice=v5p-128, "
+            "--slice=v5p:4x4x4 or --slice='2x v6e-256'.")
     require(request.step in STEPS, f"--step={request.step}: allowed are {', '.join(STEPS)}.")
     for name in ("batch", "context"):
         value = getattr(request, name)
@@ -74,16 +74,18 @@ def check_request(request: Request) -> None:
     if request.search is not None:
         require(request.search >= 0, f"--search={request.search}: must be the number of meshes to compile, at least 1.")
         require(not request.mesh, "--search looks for a mesh and --mesh names one; leave one of them out.")
-        require(not (request.search and request.formula), f"--search={request.search} compiles and --formula does not; leave "
-                f"one of them out, or say --search alone.")
-    require(request.cache or not request.formula, "--no-cache compiles again and --formula does not; leave one of them out.")
+        require(not (request.search and request.formula), f"--search={request.search} compiles and --formula does not; "
+                f"leave one of them out, or say --search alone.")
+    require(request.cache or not request.formula,
+            "--no-cache compiles again and --formula does not; leave one of them out.")
 
 
 def run(config: Config, request: Request) -> int:
     """Plans, prints, draws; returns the exit code.
 
     Raises:
-      ConfigError: slice, mesh and config do not go together. PlanError: the compiler refuses, or a file cannot be written.
+      ConfigError: slice, mesh and config do not go together.
+      PlanError: the compiler refuses, or a file cannot be written.
     """
     slice_ = parse_slice(request.slice)
     config = planned_config(config, request)
@@ -168,7 +170,9 @@ def check_mesh(config: Config, slice_: Slice) -> dict[str, int]:
     try:
         return resolve_mesh(config, slice_.devices)
     except ConfigError as error:
-        has = f"{slice_.chips} chips" + (f" of {slice_.chip.devices_per_chip} devices" if slice_.devices != slice_.chips else "")
+        has = f"{slice_.chips} chips"
+        if slice_.devices != slice_.chips:
+            has += f" of {slice_.chip.devices_per_chip} devices"
         raise ConfigError(f"{error} {slice_.name} has {has}; --search lists the meshes that fit.") from None
 
 
@@ -200,8 +204,8 @@ def _search_dict(found: Found) -> dict[str, Any]:
     def row(plan: Plan) -> dict[str, Any]:
         return {"mesh": plan.mesh, "basis": plan.basis, "peak_bytes_per_chip": plan.memory.peak_bytes,
                 "available_bytes_per_chip": plan.memory.available_bytes, "fits": plan.memory.fits,
-                "step_seconds": plan.time.seconds, "bound": plan.time.bound, "tokens_per_second": plan.tokens_per_second,
-                "mfu_upper_bound": plan.mfu_upper_bound}
+                "step_seconds": plan.time.seconds, "bound": plan.time.bound,
+                "tokens_per_second": plan.tokens_per_second, "mfu_upper_bound": plan.mfu_upper_bound}
     return {"meshes": [row(plan) for plan in found.plans], "best": found.best and found.best.to_dict()}
 
 

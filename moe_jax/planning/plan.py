@@ -219,10 +219,12 @@ def make_plan(config: Config, slice_: Slice, sizes: dict[str, int], step: str = 
         time = step_time(slice_, sizes, compiled.flops, compiled.bytes_accessed, collectives, compiled.cycles,
                          compiled.kernel_flops, slice_axis=axis)
     else:
-        time = step_time(slice_, sizes, guess.hardware_flops / slice_.devices, _traffic(guess), collectives, slice_axis=axis)
+        time = step_time(slice_, sizes, guess.hardware_flops / slice_.devices, _traffic(guess), collectives,
+                         slice_axis=axis)
     exchanges = tuple(
         Exchange(each.kind, each.axes, each.dtype, each.shape, each.scope, each.bytes, each.count,
-                 each.count * collective_seconds(each, slice_, sizes, axis), each.asynchronous, each.overlapped, each.conditional)
+                 each.count * collective_seconds(each, slice_, sizes, axis), each.asynchronous, each.overlapped,
+                 each.conditional)
         for each in collectives)
     changes = ()
     if alternatives and not memory.fits:
@@ -234,7 +236,8 @@ def make_plan(config: Config, slice_: Slice, sizes: dict[str, int], step: str = 
     return Plan(
         name=name, step=step, slice=slice_, mesh=dict(sizes), basis=COMPILED if compiled else BY_FORMULA,
         why=_why(compile, refused), sequences=config.data.batch_size, sequence_tokens=config.data.sequence_length,
-        parameters_total=guess.parameters_total, parameters_active=guess.parameters_active, memory=memory, changes=changes,
+        parameters_total=guess.parameters_total, parameters_active=guess.parameters_active, memory=memory,
+        changes=changes,
         exchanges=exchanges, model_flops=guess.model_flops, hardware_flops=guess.hardware_flops,
         compiled_flops=compiled.flops * slice_.devices if compiled else None, time=time,
         kv_cache_bytes=guess.kv_cache_bytes * slice_.devices, num_steps=config.training.num_steps,
@@ -244,7 +247,7 @@ def make_plan(config: Config, slice_: Slice, sizes: dict[str, int], step: str = 
 
 def _changes(found: list[Suggestion], step: str, compile: bool, correction: float,
              say: Callable[[str], None]) -> tuple[Change, ...]:
-    """The suggestions, from the smallest on compiled until one is known to fit; what the compiler refuses is left out."""
+    """The suggestions, compiled from the smallest on until one is known to fit; what the compiler refuses is left out."""
     changes, known = [], not compile
     for each in found:
         if any(set(one.settings) <= set(each.settings) for one in changes):  # less would do
@@ -278,8 +281,8 @@ def _memory(guess: Estimate, compiled: CompiledStep | None, refused: OutOfMemory
     of_chip = lambda parts: {name: count * devices for name, count in parts.items()}
     formula = of_chip(guess.memory_bytes)
     if compiled:
-        parts = {"arguments": compiled.arguments_bytes, "results elsewhere": compiled.output_bytes - compiled.aliased_bytes,
-                 "temporaries": compiled.temporary_bytes}
+        parts = {"arguments": compiled.arguments_bytes,
+                 "results elsewhere": compiled.output_bytes - compiled.aliased_bytes, "temporaries": compiled.temporary_bytes}
         return Memory(formula, of_chip(parts), compiled.peak_bytes * devices, chip_bytes)
     peak = guess.peak_bytes
     if refused is not None:  # what the compiler needs counts; it does not say how that is made up
@@ -288,7 +291,7 @@ def _memory(guess: Estimate, compiled: CompiledStep | None, refused: OutOfMemory
 
 
 def _traffic(guess: Estimate) -> float:
-    """Bytes to and from a device's memory, at the least: everything that lies there is written or read once; what training
-    updates or computes, both."""
+    """Bytes to and from a device's memory, at the least: everything that lies there is written or read once; of training,
+    which updates it, both."""
     held = guess.memory_bytes
     return sum(held.values()) * (2 if guess.step == "train" else 1)

@@ -14,7 +14,8 @@ from moe_jax.planning.plan import BY_FORMULA, COMPILED, Plan
 from moe_jax.planning.plan_table import GIB, seconds_text
 from moe_jax.planning.slices import PlanError
 
-_COLOURS = ("#3e7cb1", "#8fb8de", "#2a9d8f", "#e9c46a", "#c8553d", "#9aa5b1", "#6d597a", "#b5838d", "#52606d", "#90a955")
+_COLOURS = ("#3e7cb1", "#8fb8de", "#2a9d8f", "#e9c46a", "#c8553d", "#9aa5b1", "#6d597a", "#b5838d", "#52606d",
+            "#90a955")
 
 
 def plan_figure(plan: Plan) -> Any:
@@ -36,7 +37,8 @@ def _draw_memory(axis: Any, plan: Plan) -> None:
         for name, count in parts.items():
             if count < 0.002 * memory.peak_bytes:  # could not be seen; the table has it
                 continue
-            axis.barh(row, count / GIB, left=left, height=0.55, color=_COLOURS[shown % len(_COLOURS)], label=plain(name))
+            axis.barh(row, count / GIB, left=left, height=0.55, color=_COLOURS[shown % len(_COLOURS)],
+                      label=plain(name))
             left, shown = left + count / GIB, shown + 1
         axis.text(left, row, f" {left:.1f}", va="center", fontsize=9, color=INK)
     available = memory.available_bytes / GIB
@@ -68,7 +70,8 @@ def search_figure(plans: Sequence[Plan], best: Plan | None) -> Any:
     figure, axes = new_figure(1.4 + 0.32 * len(plans), 1, 2, sharey=True)
     first = plans[0]
     figure.suptitle(plain(f"{first.name}, {first.step}, {first.slice.name} ({first.slice.chips} chips "
-                          f"{first.slice.chip.name}); green: the best, grey: does not fit"), fontsize=10.5, color=INK, x=0.01, ha="left")
+                          f"{first.slice.chip.name}); green: the best, grey: does not fit"), fontsize=10.5, color=INK,
+                    x=0.01, ha="left")
     scale, unit = (1.0, "s") if max(plan.time.seconds for plan in plans) >= 1 else (1e3, "ms")
     colours = [ACCENT if plan is best else TRAIN if plan.memory.fits else MUTED for plan in plans]
     rows, (left, right) = range(len(plans)), axes[0]

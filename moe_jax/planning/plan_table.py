@@ -26,7 +26,7 @@ def text_of(plan: Plan) -> str:
 
 def count_text(count: float) -> str:
     """``46_702_792_704`` as ``'46.70 B'``."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count:g}"
@@ -61,7 +61,9 @@ def _heading(plan: Plan) -> str:
     devices = f", {slice_.devices} devices" if slice_.devices != slice_.chips else ""
     slices = f"{slice_.num_slices} slices of " if slice_.num_slices > 1 else ""
     what = {"train": "one training step", "prefill": "prefill", "decode": "decoding one token per sequence"}[plan.step]
-    length = f"with a cache of {plan.sequence_tokens:,}" if plan.step == "decode" else f"of {plan.sequence_tokens:,} tokens"
+    length = f"of {plan.sequence_tokens:,} tokens"
+    if plan.step == "decode":
+        length = f"with a cache {length}"
     return (f"{plan.name} on {slice_.name}: {what}\n"
             f"  {slice_.chips:,} chips {chip.name} ({slices}{slice_.topology}{devices}), mesh {mesh_text(plan.mesh)}\n"
             f"  {count_text(plan.parameters_total)} parameters, {count_text(plan.parameters_active)} active per token; "
@@ -116,8 +118,8 @@ def merged(exchanges: Iterable[Exchange]) -> list[Exchange]:
         group = list(group)
         count = sum(e.count for e in group)
         sent = sum(e.bytes_sent * e.count for e in group)
-        rows.append(Exchange(kind, axes, dtype, "", "", round(sent / max(count, 1)), count, sum(e.seconds for e in group),
-                             all(e.asynchronous for e in group), overlapped,
+        rows.append(Exchange(kind, axes, dtype, "", "", round(sent / max(count, 1)), count,
+                             sum(e.seconds for e in group), all(e.asynchronous for e in group), overlapped,
                              any(e.conditional for e in group)))
     return sorted(rows, key=lambda row: -row.seconds)
 
@@ -153,7 +155,8 @@ def _notes(plan: Plan) -> str:
     seconds = ""
     if plan.compile_seconds is not None:
         seconds = f" Traced in {duration(plan.lower_seconds)}, compiled in {duration(plan.compile_seconds)}."
-    versions = ", ".join(f"{name} {plan.versions[name]}" for name in ("moe_jax", "jax", "libtpu") if plan.versions.get(name))
+    known = [name for name in ("moe_jax", "jax", "libtpu") if plan.versions.get(name)]
+    versions = ", ".join(f"{name} {plan.versions[name]}" for name in known)
     return _wrapped(f"{plan.basis}: {plan.why}{seconds}").strip() + f"\n{versions}"
 
 
