@@ -207,7 +207,7 @@ class _Trainer:
             self._evaluate()  # a signal came before or during it
         first, unread, window = self.step, None, _Window()
         while self.step < training.num_steps:
-            processes.at(f"step {self.step + 1}", processes.COMPILING if self.step == first else None)
+            processes.at(f"step {self.step + 1}")
             step, batch, waited = self.prefetcher.next()
             self.profile.before(step)
             self.state, metrics = self.train_step(self.state, batch)
@@ -329,10 +329,12 @@ class _Trainer:
 
     def sums(self, mode: RoutingMode) -> dict[str, Any]:
         """What evaluation sums over the validation batches. A signal ends it: what is trained is worth more."""
-        processes.at(f"the evaluation of step {self.step}", processes.COMPILING)
+        def stop() -> bool:  # asked before every batch
+            processes.at(f"the evaluation of step {self.step}")
+            return self._signal() is not None
+
         sums = self.evaluator.sums(evaluated_params(self.state), self.state["router_bias_LE"],
-                                   self.run.validation_batches(self.config.training.eval_batches), mode,
-                                   stop=lambda: self._signal() is not None)
+                                   self.run.validation_batches(self.config.training.eval_batches), mode, stop)
         self._stop_if_asked()
         return sums
 

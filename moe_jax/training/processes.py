@@ -32,7 +32,7 @@ from moe_jax.training.watch import Watch
 log = logging.getLogger("moe_jax")
 
 TIMEOUT = 300.0  # seconds at one place: a step, a barrier
-COMPILING = 3600.0  # a place where a program may be compiled
+COMPILING = 3600.0  # compiling a program, starting, restoring
 PREPARING = 6 * 3600.0  # a place where a corpus may be read, or a report made
 SHARED_WITHIN = 15.0  # until one host sees what another wrote to a network file system
 _SHUTDOWN = 30.0
@@ -434,7 +434,11 @@ def require_shared(folder: pathlib.Path) -> None:
 
     def write() -> str:
         token = f"{os.getpid()}-{time.time_ns()}"
-        sign.write_text(token)
+        try:
+            sign.write_text(token)
+        except OSError as error:
+            raise ProcessError(f"Cannot write {sign}: {error.strerror or error}. Choose a --workdir that you may write "
+                               f"to.") from error
         return token
 
     token = of_process_0("the run directory's sign", write)
