@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -481,6 +482,18 @@ def test_a_picture_that_cannot_be_written_is_one_line(moe_jax, tmp_path):
     outcome = moe_jax(*plan_words("--formula", f"--out={tmp_path / 'plan.png'}"))
     assert outcome.code == 1 and "Choose another --out" in outcome.error
     assert not list((tmp_path / "plan.png").iterdir()) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_ctrl_c_ends_the_process_while_the_compiler_runs_and_python_hears_of_it_again_afterwards():
+    wait = "import time\nfrom moe_jax.planning.command import ended_at_once_by_ctrl_c\n" \
+           "def sleep():\n    print('waiting', flush=True)\n    time.sleep(60)\n"
+    for code, ended in ((wait + "with ended_at_once_by_ctrl_c():\n    sleep()", -signal.SIGINT),
+                        (wait + "with ended_at_once_by_ctrl_c():\n    pass\n"
+                         "try:\n    sleep()\nexcept KeyboardInterrupt:\n    raise SystemExit(7)", 7)):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == ended
 
 
 def test_help_explains_every_option(moe_jax):

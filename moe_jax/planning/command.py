@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.config import Config, ConfigError
@@ -97,7 +101,7 @@ def run(config: Config, request: Request) -> int:
               f"{INSTALL_LIBTPU}", file=sys.stderr)
         compiles = False
     planner = _Planner(request, slice_)
-    with Waiting() as waiting:
+    with Waiting() as waiting, ended_at_once_by_ctrl_c():
         if request.search is None:
             plan, found = planner.plan(config, compiles, waiting.say), None
         else:
@@ -113,6 +117,20 @@ def run(config: Config, request: Request) -> int:
     if request.out or not request.json:
         _draw(plan, found, pathlib.Path(request.out or "plan.png"))
     return 0
+
+
+@contextlib.contextmanager
+def ended_at_once_by_ctrl_c() -> Iterator[None]:
+    """Python hears of Ctrl-C when the compiler returns, minutes later: meanwhile the system ends the process. Nothing is
+    lost by that, since files are written whole or not at all."""
+    if threading.current_thread() is not threading.main_thread():  # only there may this be changed
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def planned_config(config: Config, request: Request) -> Config:
