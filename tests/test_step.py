@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
+from moe_jax.training.evaluate import put_batch
 from moe_jax.training.losses import cross_entropy, smoothed_cross_entropy
 from moe_jax.training.optimizer import schedule
+from moe_jax.training.step import gradients
 
 SMALL = dict(model_num_layers=1, moe_every=1, data_sequence_length=8)
 LENGTHS = [8, 8, 1, 3, 8, 2, 8, 5]  # 43 valid tokens, unequal in every way to cut the rows
@@ -98,6 +100,19 @@ def test_gradients_are_the_slopes_of_the_loss():
 # Microbatches
 
 SCOPED = dict(moe_balance_weight=1.0, moe_router_z_weight=0.1)
+
+
+def test_microbatches_put_the_model_into_the_program_once():
+    """A second copy, for the first of them, doubled the time of compiling a large model."""
+    def products(microbatches):
+        config = tiny.config(**SMALL, training_microbatches=microbatches)
+        with jax.set_mesh(tiny.ONE):
+            arguments = tiny.placed(tiny.params(config), tiny.ONE), put_batch(BATCH, tiny.ONE), tiny.no_bias(config)
+            traced = jax.make_jaxpr(lambda params, batch, bias_LE: gradients(
+                params, config, tiny.VOCAB, batch, bias_LE, jax.random.key(0)))(*arguments)
+        return str(traced).count("dot_general[")
+
+    assert products(4) == products(2) == products(1) > 10
 
 
 @pytest.mark.parametrize("scope", ["group", "global"])
