@@ -82,12 +82,17 @@ def test_prompts_are_read_by_it_into_a_cache_and_single_tokens_written_by_the_pl
     causal_ST = np.tril(np.ones((129, 129), bool))[None]
     monkeypatch.setattr(attention, "lowering_platform", lambda: "tpu")
     monkeypatch.setattr(attention, "splash", IN_STEPS)
-    with jax.set_mesh(tiny.ONE):
+
+    def read(x_BSD):
         module = attention.Attention(config, nnx.Rngs(params=0))
         empty = tuple(jax.reshard(jnp.zeros((1, 129, 1, 64)), spec("BSHd", ACTIVATIONS)) for _ in range(2))
         whole_BSD, _ = module(x_BSD, positions_BS, causal_ST)
         prompt_BSD, cache = module(x_BSD[:, :128], positions_BS[:, :128], causal_ST[:, :128], empty, 0, segments_BS[:, :128])
         last_BSD, _ = module(x_BSD[:, 128:], positions_BS[:, 128:], causal_ST[:, 128:], cache, 128)
+        return whole_BSD, prompt_BSD, last_BSD
+
+    with jax.set_mesh(tiny.ONE):
+        whole_BSD, prompt_BSD, last_BSD = jax.jit(read)(x_BSD)
     np.testing.assert_allclose(whole_BSD, np.concatenate([prompt_BSD, last_BSD], axis=1), atol=2e-5)
 
 
