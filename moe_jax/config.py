@@ -341,8 +341,8 @@ class MeshConfig:
     expert: int = 0
     tensor: int = 1
     expert_limit: int = 4
-    slice_axis: str = "data"
     expert_nodes: int = 1
+    slice_axis: str = "data"
 
     def __post_init__(self):
         _at_least("mesh", self, 0, "data", "expert", "expert_limit")

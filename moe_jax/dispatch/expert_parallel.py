@@ -175,13 +175,13 @@ def in_rounds(one_round: Callable[..., jax.Array], rows: int, most: int, fullest
         return jax.lax.scan(step, skip(*operands), jnp.arange(1, -(-most // rows)))[0]
 
     if lowering_platform() == "cpu":
-        x_TD, y_TD = _one_after_the_other(x_TD, y_TD)
+        x_TD, y_TD = one_after_the_other(x_TD, y_TD)
     with jax.named_scope("further_rounds"):
         return y_TD + jax.lax.cond(rounds > 1, further, skip, x_TD, *operands)
 
 
 @jax.custom_vjp
-def _one_after_the_other(x_TD, y_TD):
+def one_after_the_other(x_TD: jax.Array, y_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same, where x waits for y and, in the backward pass, the gradient of y for that of x.
 
     XLA on CPU runs a conditional beside what does not depend on it, and two exchanges at once mix up their devices.
@@ -195,8 +195,8 @@ def _when_there(awaited, x):
     return jnp.where(jnp.isnan(first) & (first == 0), jnp.nan, x).astype(x.dtype)
 
 
-_one_after_the_other.defvjp(lambda x, y: (_one_after_the_other(x, y), None),
-                            lambda _, d: (d[0], _when_there(d[0], d[1])))
+one_after_the_other.defvjp(lambda x, y: (one_after_the_other(x, y), None),
+                           lambda _, d: (d[0], _when_there(d[0], d[1])))
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(),

@@ -189,7 +189,8 @@ class MoELayer(nnx.Module):
         if moe.expert_copies:
             listed_G = self._to_copies(listed_G)
         dispatch = dispatcher(mode.dispatch, moe.grouped_matmul, moe.expert_parallelism, moe.row_exchange,
-                              moe.row_exchange_factor)
+                              moe.row_exchange_factor, moe.exchange_chunks, self.config.mesh.expert_nodes,
+                              self.config.nodes_per_token)
         y_GTD, kept_GN = self._experts(x_GTD, listed_G, dispatch, capacity)
         y_BSD = groups.join(y_GTD)
         if moe.num_shared_experts:
