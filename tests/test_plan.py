@@ -258,6 +258,27 @@ def test_a_damaged_plan_is_none_and_a_write_that_fails_leaves_the_old_one(cache,
     assert plan_cache.read("key") is None
 
 
+def test_a_search_and_a_plan_share_what_was_compiled_but_for_changes_that_a_search_does_not_look_for(cache, monkeypatch):
+    made = []
+
+    def make(config, slice_, sizes, step, compile, say, name, alternatives):
+        made.append(alternatives)
+        changes = (Change(("--slice=v5e-16",), "", GIB, COMPILED),) if alternatives else ()
+        return by_hand("v5e-8", peak=peak, mesh=sizes, changes=changes)
+
+    monkeypatch.setattr(command, "make_plan", make)
+    planner = command._Planner(command.Request("tiny", "v5e-8"), parse_slice("v5e-8"))
+    for peak, wanted in ((1, [False]), (40, [False, True])):
+        made.clear()
+        config = tiny(training__seed=peak)
+        for alternatives in (False, False, True, True, False):
+            planner.plan(config, True, alternatives=alternatives)
+        assert made == wanted
+    uncached = dataclasses.replace(planner, request=dataclasses.replace(planner.request, cache=False))
+    uncached.plan(config, True)
+    assert made == [False, True, True]
+
+
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "file"))

@@ -209,11 +209,13 @@ class _Planner:
             return make()
         made_by = {name: versions()[name] for name in ("python", "jax", "jaxlib", "libtpu", "flax", "optax")}
         key = plan_cache.key_of(name=request.name, config=config.to_dict(), slice=dataclasses.asdict(self.slice_),
-                                mesh=sizes, step=request.step, alternatives=alternatives, versions=made_by)
-        try:
-            return Plan.from_dict(plan_cache.read(key) or {})
-        except (KeyError, TypeError):
-            plan = make()
+                                mesh=sizes, step=request.step, versions=made_by)
+        with contextlib.suppress(KeyError, TypeError):
+            kept = Plan.from_dict(plan_cache.read(key) or {})
+            # A search does not look for changes with which a mesh would fit.
+            if kept.memory.fits or kept.changes or not alternatives:
+                return kept
+        plan = make()
         plan_cache.write(key, plan.to_dict())
         return plan
 
