@@ -1,14 +1,14 @@
-"""No number depends on the mesh: outputs, losses, drops, gradient norms and parameters after five SGD steps are those of
-one device (B39, B44-B50), on a set of meshes and settings in which every two that can meet do.
+"""No number depends on the mesh: outputs, losses, drops, gradient norms and parameters after five SGD steps are
+those of one device (B39, B44-B50), on a set of meshes and settings in which every two that can meet do.
 
-What a run computes is in RUNS, and each is computed once on one device. How it is computed (mesh, dispatcher, who brings
-tokens to experts, what is recomputed) is in CASES, and must make no difference.
+What a run computes is in RUNS, and each is computed once on one device. How it is computed (mesh, dispatcher, who
+brings tokens to experts, what is recomputed) is in CASES, and must make no difference.
 """
 
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -163,21 +163,22 @@ def trained(config, mesh=tiny.ONE, batches=BATCHES, **changes):
 EXACT = ("counts_LE", "first_LE", "kept_LE", "tokens_L", "token_N", "expert_N", "kept_N", "tokens", "applied",
          "learning_rate", "step", "skipped", "router_bias_LE")
 KEPT = ("params", "router_bias_LE", "step", "skipped")
-RTOL, ATOL = 1e-4, 1e-5
 
 
 def assert_same(history, expected):
-    """Step by step, so that the message names the first step and array that differ."""
+    """Step by step, choices first and parameters last, so that the message names what differed first."""
+    exact = lambda name: name.rsplit(".", 1)[-1] in EXACT
     for step, (found, wanted) in enumerate(zip(history, expected, strict=True)):
         found, wanted = tiny.leaves(found), tiny.leaves(wanted)
         assert found.keys() == wanted.keys()
-        for name in wanted:
+        for name in sorted(wanted, key=lambda name: (not exact(name), "params" in name)):
             message = f"step {step}: {name}"
             assert np.isfinite(found[name]).all(), message
-            if name.rsplit(".", 1)[-1] in EXACT:
+            if exact(name):
                 np.testing.assert_array_equal(found[name], wanted[name], err_msg=message)
             else:
-                np.testing.assert_allclose(found[name], wanted[name], rtol=RTOL, atol=ATOL, err_msg=message)
+                atol = 1e-5 if name.startswith("seen") else 1e-6  # logits and gates; losses, sums, norms, parameters
+                np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=atol, err_msg=message)
 
 
 @functools.lru_cache(maxsize=None)
@@ -233,7 +234,8 @@ def check_places(state, mesh):
 @pytest.mark.parametrize("name", RUNS)
 def test_the_runs_drop_starve_clip_and_pad(name):
     history, run = on_one_device(name), RUNS[name]
-    counts, kept = (np.sum([metrics["routing"][key] for metrics in history], axis=0) for key in ("counts_LE", "kept_LE"))
+    counts, kept = (np.sum([metrics["routing"][key] for metrics in history], axis=0)
+                    for key in ("counts_LE", "kept_LE"))
     assert (counts[:, EMPTY] == 0).all() and (np.delete(counts, EMPTY, axis=1) > 0).all()
     dropped = 1 - kept.sum() / counts.sum()
     assert {"tight": 0.1 < dropped < 0.9, "roomy": 0 < dropped < 0.1, "dropless": dropped == 0}[run.buffers], dropped
@@ -285,25 +287,36 @@ def test_every_two_settings_that_can_meet_do():
 # Fewer experts than devices, and layers of another kind
 
 
+class Special(NamedTuple):
+    sizes: dict[str, int]  # of the mesh, as eight devices and this much of a `tensor` axis give it by themselves
+    what: dict[str, Any]
+    how: dict[str, Any]
+
+
 SPECIAL = {
-    "one expert": (dict(data=8), dict(
-        moe_num_experts=1, moe_experts_per_token=1, moe_expert_parallelism="shard_map", moe_dispatch="dropless")),
-    "two experts, both for everyone": (dict(data=2, expert=2, tensor=2), dict(
-        moe_num_experts=2, moe_experts_per_token=2, moe_expert_parallelism="shard_map", moe_capacity_factor=0.75)),
-    "expert choice over two rows, tied, expert biases": (dict(expert=4, tensor=2), dict(
-        moe_router="expert_choice", moe_balance_weight=0.0, moe_router_jitter=0.0, moe_group_over="batch",
-        moe_group_size=2, model_tie_embedding=True, moe_expert_bias=True, moe_num_experts=4)),
+    "one expert": Special(dict(data=8), dict(moe_num_experts=1, moe_experts_per_token=1, moe_dispatch="dropless"),
+                          dict(moe_expert_parallelism="shard_map")),
+    "two experts, both for everyone": Special(
+        dict(data=2, expert=2, tensor=2), dict(moe_num_experts=2, moe_experts_per_token=2, moe_capacity_factor=0.75),
+        dict(moe_expert_parallelism="shard_map")),
+    "expert choice over two rows, tied, expert biases": Special(
+        dict(expert=4, tensor=2),
+        dict(moe_router="expert_choice", moe_balance_weight=0.0, moe_router_jitter=0.0, moe_group_over="batch",
+             moe_group_size=2, model_tie_embedding=True, moe_expert_bias=True, moe_num_experts=4), {}),
+    "two nodes, in two parts": Special(
+        dict(data=2, expert=4), dict(moe_dispatch="dropless", moe_num_shared_experts=1),
+        dict(mesh_expert_nodes=2, moe_exchange_chunks=2, moe_row_exchange_factor=0.25, model_remat="block")),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPECIAL)
 def test_b39_b44_b50_layers_of_another_kind_are_those_of_one_device(name):
-    sizes, settings = SPECIAL[name]
-    config = base(model_num_layers=1, **settings)
-    assert resolve_mesh(base(**settings, mesh_tensor=sizes.get("tensor", 1)), 8) == dict.fromkeys(AXES, 1) | sizes
+    sizes, what, how = SPECIAL[name]
+    config = base(model_num_layers=1, mesh_tensor=sizes.get("tensor", 1), **what, **how)
+    assert resolve_mesh(config, 8) == dict.fromkeys(AXES, 1) | sizes
     history, state = trained(config, tiny.mesh(**sizes))
-    assert_same(history, trained(config)[0])
+    assert_same(history, trained(base(model_num_layers=1, **what))[0])
     check_norms(config, history)
     tiny.assert_replicas_agree(state)
 

@@ -129,7 +129,8 @@ def test_b49_what_a_refusal_calls_legal_is_legal_and_the_nearest(devices, settin
     for section, field, values in found:
         values = [int(value) for value in values.split(",")]
         free = {} if section != "mesh" else {"mesh_data": 0}
-        legal = [value for value in range(1, 2 * max(values) + 1) if not refusal(**free, **{f"{section}_{field}": value})]
+        legal = [value for value in range(1, 2 * max(values) + 1)
+                 if not refusal(**free, **{f"{section}_{field}": value})]
         now = settings[f"{section}_{field}"]
         below, above = [value for value in legal if value < now][-1:], [value for value in legal if value > now][:1]
         assert values == below + above, (message, legal)
