@@ -163,8 +163,10 @@ def test_b34_no_coefficient_of_a_loss_is_lost_on_its_way_through_a_run_directory
 
 
 def test_b45_nothing_is_differentiated_inside_a_shard_map_that_does_not_check_what_varies():
-    """With ``check_vma=False`` the gradient of a sum over devices, taken inside, is silently wrong. ``sharding.unmarked``
-    alone turns the check off: for one library kernel, called by rules that state its gradient (``jax.custom_vjp``)."""
+    """With ``check_vma=False`` the gradient of a sum over devices, taken inside, is silently wrong. Two functions turn the
+    check off, each for one library kernel: ``sharding.unmarked``, called by rules that state its gradient
+    (``jax.custom_vjp``), and ``splash``, where nothing is summed over devices and nothing with a gradient is replicated.
+    """
     unchecked, calls = [], 0
     for path in sorted((ROOT / "moe_jax").rglob("*.py")):
         for function in ast.walk(ast.parse(path.read_text())):
@@ -177,4 +179,5 @@ def test_b45_nothing_is_differentiated_inside_a_shard_map_that_does_not_check_wh
                     if given.get("check_vma", "True") != "True" or "check_rep" in given:
                         unchecked.append((path.name, function.name))
     assert calls > 1
-    assert unchecked == [("sharding.py", "unmarked")]
+    assert unchecked == [("splash.py", "splash"), ("sharding.py", "unmarked")]
+    assert not re.search(r"\bp(sum|mean|max|min)\b|all_(gather|to_all)", (ROOT / "moe_jax" / "nn" / "splash.py").read_text())
