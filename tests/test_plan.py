@@ -406,6 +406,8 @@ def test_a_program_that_the_compiler_refuses_is_planned_with_what_it_needs_and_m
     assert [count for count, *_ in asked] == [1, 2, 4]
     assert [(change.settings[0][-1], change.basis) for change in plan.changes] == [("4", "compiled"), ("8", "by formula")]
     assert plan.changes[0].peak_bytes == 4 * GIB
+    (peak,) = [line.split() for line in text_of(plan).splitlines() if line.startswith("  peak ")]
+    assert peak == ["peak", f"{plan.memory.formula_peak_bytes / GIB:.2f}", "20.00"]
 
 
 # The command line.

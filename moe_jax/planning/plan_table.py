@@ -77,9 +77,8 @@ def _memory(plan: Plan) -> str:
     rows = [(f"memory per chip, {unit}{_of_both_devices(plan)}", BY_FORMULA, "compiled")]
     rows += [(f"  {name}", amount(count), "") for name, count in memory.formula_bytes.items()]
     rows += [(f"  {name}", "", amount(count)) for name, count in memory.compiled_bytes.items()]
-    compiled = amount(memory.peak_bytes) if plan.basis != BY_FORMULA else ""
-    rows.append(("  peak", amount(memory.formula_peak_bytes), compiled))
-    if plan.basis == BY_FORMULA:
+    rows.append(("  peak", amount(memory.formula_peak_bytes), amount(memory.peak_bytes)))
+    if plan.basis == BY_FORMULA and memory.peak_bytes == memory.formula_peak_bytes:  # the compiler said nothing
         rows = [row[:2] for row in rows]
     verdict = (f"{memory.headroom_bytes / GIB:.1f} free, fits" if memory.fits else
                f"{-memory.headroom_bytes / GIB:.1f} too much: DOES NOT FIT")
