@@ -5,9 +5,11 @@ compiled is what a run compiles (:func:`moe_jax.training.step.jitted_train_step`
 the same options.
 """
 
+import contextlib
 import dataclasses
 import re
 import time
+import warnings
 from typing import Any, Callable
 
 from moe_jax.config import Config, ConfigError
@@ -93,7 +95,7 @@ def compile_step(config: Config, slice_: Slice, sizes: dict[str, int], step: str
     from moe_jax.sharding import make_mesh
 
     mesh = make_mesh(sizes, devices, config.mesh.slice_axis)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), _without_cache():
         say(f"tracing the {step} step")
         start = time.monotonic()
         lowered = _lowered(config, mesh, step)
@@ -107,6 +109,22 @@ def compile_step(config: Config, slice_: Slice, sizes: dict[str, int], step: str
         compiling = time.monotonic() - start
     say("reading the compiled program")
     return _read(program, mesh, step, lowering, compiling)
+
+
+@contextlib.contextmanager
+def _without_cache():
+    """JAX's persistent cache writes programs for absent devices but cannot load them, and warns at every later compile."""
+    import jax
+
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Error reading persistent compilation cache entry")
+            yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _lowered(config, mesh, step):
