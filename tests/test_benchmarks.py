@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from benchmarks import moe_layer, train_step
+from benchmarks import expert_parallel, moe_layer, train_step
 from moe_jax.config import ConfigError, resolve
+from moe_jax.planning.hlo import Collective
 from moe_jax.training.flops import forward_flops_per_token
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -158,3 +159,34 @@ def test_an_unknown_case_is_refused_with_those_there_are(capsys):
     with pytest.raises(SystemExit):
         moe_layer.main(["--cases=mixtrall"])
     assert "mixtral, switch, olmoe" in capsys.readouterr().err
+
+
+# Experts across devices.
+
+
+@pytest.mark.slow
+def test_layouts_on_eight_devices_beside_one():
+    command = [sys.executable, "-m", "benchmarks.expert_parallel", "--tiny", "--repetitions=2", "--layouts=gather, shard_map"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["mesh"] for line in lines] == [{"data": 2, "expert": 4}, {"data": 1, "expert": 8}]
+    for line in lines:
+        assert line["layout"] == "gather, shard_map" and line["repetitions"] == 2
+        assert line["ratio"] == pytest.approx(line["seconds"] / line["one_device_seconds"])
+        assert line["temp_bytes"] > 0 and line["one_device_temp_bytes"] > 0
+
+
+def test_bytes_moved_over_the_least_by_hand():
+    """Each device has 8 · 16 / 8 = 16 tokens, two choices each, of 16 bf16 numbers; 3 of 4 experts' devices are elsewhere."""
+    case, sizes = expert_parallel.TINY, expert_parallel.mesh_sizes(data=2, expert=4)
+    least = 2 * 16 * 2 * 16 * 2 * 3 // 4
+
+    def exchange(direction, sent):
+        scope = "jit(f)/transpose(jvp())/x" if direction == "backward" else "jit(f)/jvp()/x"
+        return Collective("all-to-all", ("expert",), "bf16", sent, "bf16[1]", scope=scope)
+
+    moving = [exchange("forward", least), exchange("backward", least // 2), exchange("backward", least)]
+    assert expert_parallel.moved_ratio(moving, "forward", case, sizes) == pytest.approx(1)
+    assert expert_parallel.moved_ratio(moving, "backward", case, sizes) == pytest.approx(1.5)
+    assert expert_parallel.moved_ratio([], "forward", case, sizes) is None

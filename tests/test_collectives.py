@@ -59,8 +59,9 @@ def expected(layout, item, ragged):
             # How many rows of each expert, and where the receiver sends them back to: integers.
             found["forward", "all-to-all s32", "expert"] = n * (E // n + 1) * 4 * (n - 1) // n
         kind = "ragged-all-to-all" if ragged else "all-to-all"
+        width = max(D, 256) if ragged else D  # a TPU pads the rows of a ragged exchange to two tiles
         for direction in ("forward", "backward"):
-            found[direction, kind, "expert"] = 2 * rows * D * item * (n - 1) // n
+            found[direction, kind, "expert"] = 2 * rows * width * item * (n - 1) // n
         gathered = []
         weights = 3 * E // n * D * F // tensor
     if fsdp > 1:

@@ -13,7 +13,7 @@ import numpy as np
 import oracles
 import pytest
 
-from benchmarks import moe_layer, policy_variance, train_step as train_step_benchmark
+from benchmarks import expert_parallel, moe_layer, policy_variance, train_step as train_step_benchmark
 from moe_jax import cli, routing
 from moe_jax.config import SECTIONS, ConfigError, known_keys
 from moe_jax.data.batches import empty_batch
@@ -193,7 +193,8 @@ def test_commands_and_their_options_exist(path):
     programs = {"moe-jax": cli._parser(), "python -m moe_jax": cli._parser(),
                 "python -m benchmarks.train_step": train_step_benchmark._parser(),
                 "python -m benchmarks.moe_layer": moe_layer._parser(),
-                "python -m benchmarks.policy_variance": policy_variance._parser()}
+                "python -m benchmarks.policy_variance": policy_variance._parser(),
+                "python -m benchmarks.expert_parallel": expert_parallel._parser()}
     everything = {"--help", "-h"}.union(*map(options, programs.values()))
     for program, parser in programs.items():
         for words in commands(path, program):

@@ -281,6 +281,16 @@ def test_estimated_cycles_are_multiplied_by_rounds():
     assert estimated_cycles(loop()) is None
 
 
+def test_estimated_cycles_of_the_dearest_or_the_cheapest_branch():
+    def branch(name, cycles):
+        return (f"%{name} (q{name}: bf16[8,128]) -> bf16[8,128] {{\n  ROOT %q{name} = bf16[8,128]{{1,0}} parameter(0), "
+                f'backend_config={{"estimated_cycles":"{cycles}"}}\n}}')
+
+    text = program("  ROOT %r = bf16[8,128]{1,0} conditional(%k, %p, %p), branch_computations={%a, %b}",
+                   branch("a", 70), branch("b", 20))
+    assert estimated_cycles(text) == 70 and estimated_cycles(text, branch=min) == 20
+
+
 # Real programs of this JAX, for eight CPU devices
 
 MESHES = {"expert": dict(data=2, expert=4), "fsdp": dict(data=2, fsdp=2, expert=2), "tensor": dict(expert=4, tensor=2)}

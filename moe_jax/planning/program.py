@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,23 +181,24 @@ def _value(program, computation, name, arguments):
 # The compiler's estimate of time
 
 
-def estimated_cycles(hlo_text: str) -> int | None:
+def estimated_cycles(hlo_text: str, branch: Callable[..., int] = max) -> int | None:
     """The sum of the compiler's own estimates, loops multiplied; None where it gives none (CPUs).
 
-    Good for comparing programs for one TPU only: kernels and most collectives have no estimate and count nothing.
+    Good for comparing programs for one TPU only: kernels and most collectives have no estimate and count nothing. Of the
+    branches of a conditional the dearest counts, or with ``branch=min`` the cheapest.
     """
     program = parse(hlo_text)
-    cycles = _cycles(program, program.entry)
+    cycles = _cycles(program, program.entry, branch)
     return cycles or None
 
 
-def _cycles(program: Program, name: str) -> int:
+def _cycles(program: Program, name: str, branch: Callable[..., int]) -> int:
     total = 0
     for instruction in program.computations[name].values():
         estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
         total += int(estimate.group(1)) if estimate else 0
         if instruction.opcode in ("while", "call"):
             rounds = trip_count(program, name, instruction) if instruction.opcode == "while" else 1
-            total += (1 if rounds is None else rounds) * sum(_cycles(program, called) for called in instruction.called())
-        total += max((_cycles(program, branch) for branch in instruction.branches()), default=0)
+            total += (1 if rounds is None else rounds) * sum(_cycles(program, called, branch) for called in instruction.called())
+        total += branch((_cycles(program, called, branch) for called in instruction.branches()), default=0)
     return total
