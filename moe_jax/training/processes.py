@@ -333,9 +333,7 @@ def compiled_together(function: Callable, name: str) -> Callable:
     """A function of ``jax.jit``, for arguments of one shape; as it is where there is one process.
 
     Of several, each compiles it at its first call, and none runs it before all have: a collective between CPUs waits 30 s
-    for a late peer and then fails (that limit is the library's), and compiling may take longer on one host. On CPUs process
-    0 compiles first and the others find its program in the compilation cache: compiled twice, collectives that do not
-    depend on each other may stand in another order, and processes that run them so wait for each other for ever.
+    for a late peer and then fails (that limit is the library's), and compiling may take longer on one host.
     """
     if not several():
         return function
@@ -344,13 +342,8 @@ def compiled_together(function: Callable, name: str) -> Callable:
     def call(*operands):
         nonlocal compiled
         if compiled is None:
-            in_turn = jax.default_backend() == "cpu"
-            if in_turn and index() != 0:
-                barrier(f"{name} is compiled by process 0", COMPILING)
             with place(f"compiling {name}", COMPILING):
                 compiled = function.lower(*operands).compile()
-            if in_turn and index() == 0:
-                barrier(f"{name} is compiled by process 0", COMPILING)
             barrier(f"{name} is compiled", COMPILING)
         return compiled(*operands)
 
