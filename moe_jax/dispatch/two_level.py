@@ -28,7 +28,8 @@ def through_nodes(x_TD: jax.Array, routing: Routing, weights: Any, num_experts: 
       ValueError: a list in which tokens have no fixed number of choices: they travel beside the token.
     """
     if routing.choices_per_token is None:
-        raise ValueError(f"mesh.expert_nodes={how.nodes} needs a router that makes the same number of choices for every token.")
+        raise ValueError(f"mesh.expert_nodes={how.nodes} needs a router that makes the same number of choices for every "
+                         f"token.")
     tokens, nodes = x_TD.shape[0], how.nodes
     expert_TK = jnp.minimum(by_token(routing.expert_N, routing), num_experts)
     visits = visited_nodes(expert_TK, num_experts, nodes)
@@ -37,7 +38,8 @@ def through_nodes(x_TD: jax.Array, routing: Routing, weights: Any, num_experts: 
     message_TM = jnp.concatenate([(expert_TK + 1) % (num_experts + 1) + 0.0, by_token(routing.gate_N, routing)], axis=1)
     reached = min(routing.choices_per_token, how.nodes_per_token or nodes, nodes)
     rows = min(tokens, 8 * math.ceil(how.factor * reached * tokens / nodes / 8))
-    one_round = functools.partial(_round, rows=rows, num_experts=num_experts, gate_on=routing.gate_on, compute=compute, how=how)
+    one_round = functools.partial(_round, rows=rows, num_experts=num_experts, gate_on=routing.gate_on, compute=compute,
+                                  how=how)
     fullest = jnp.max(assignments_per_expert(visits.expert_N, nodes))
     return in_rounds(one_round, rows, tokens, fullest, x_TD, message_TM, visits, slot_N, weights)
 
@@ -94,5 +96,5 @@ def _choices_here(message_RM, node, here, gate_on):
     expert_RK = jax.lax.stop_gradient(message_RM[:, :choices]).astype(jnp.int32) - 1 - node * here
     expert_N = jnp.where((expert_RK >= 0) & (expert_RK < here), expert_RK, here).reshape(-1)
     token_RK = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], (rows, choices))
-    return Routing(varying_like(token_RK.reshape(-1), expert_N), expert_N, message_RM[:, choices:].reshape(-1), None, choices,
-                   "token_major", gate_on)
+    token_N, gate_N = varying_like(token_RK.reshape(-1), expert_N), message_RM[:, choices:].reshape(-1)
+    return Routing(token_N, expert_N, gate_N, None, choices, "token_major", gate_on)
