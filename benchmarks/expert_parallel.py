@@ -15,7 +15,7 @@ import statistics
 import sys
 
 from benchmarks.moe_layer import _versions, timed
-from moe_jax import cli
+from moe_jax import environment
 
 REPETITIONS = 10
 
@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         from moe_jax.planning.slices import prepare_environment
 
         prepare_environment()
-        cli.prepare_process(1)
+        environment.prepare_process(1)
         lines = compiled(arguments.slice, TINY if arguments.tiny else COMPILED, arguments.layouts or tuple(LAYOUTS))
     else:
-        cli.prepare_process(8)
+        environment.prepare_process(8)
         lines = measured(TINY if arguments.tiny else TIMED, arguments.layouts or ON_CPU, arguments.repetitions)
     for line in lines:
         print(json.dumps({"benchmark": "expert_parallel", **line}), flush=True)

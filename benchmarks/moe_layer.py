@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 
-from moe_jax import cli
+from moe_jax import environment
 
 REPETITIONS = 20  # a median of fewer is not worth quoting
 WARM_UP = 3
@@ -53,7 +53,7 @@ SCALING = tuple(Case(T=2048, D=256, F=256, E=experts, K=4) for experts in (8, 16
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    cli.prepare_process(1)  # what `moe-jax train` does before JAX starts
+    environment.prepare_process(1)  # what `moe-jax train` does before JAX starts
     cases = [(name, CASES[name]) for name in arguments.cases]
     if arguments.scaling:
         cases = [(f"scaling_{case.E}", case) for case in SCALING]

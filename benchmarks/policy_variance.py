@@ -16,7 +16,7 @@ import pathlib
 import sys
 import tempfile
 
-from moe_jax import cli
+from moe_jax import cli, environment
 
 BASELINES = ("none", "running", "learned")
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         _parser().error(f"unknown argument {unknown[0]!r}")
     if arguments.steps < 0 or arguments.samples < 2:
         _parser().error(f"--steps={arguments.steps}, --samples={arguments.samples}: at least 0 and 2")
-    cli.prepare_process(1)
+    environment.prepare_process(1)
     from moe_jax.config import ConfigError
     from moe_jax.data.documents import CorpusError
 

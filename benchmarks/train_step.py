@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 
-from moe_jax import cli
+from moe_jax import cli, environment
 
 WARM_UP_STEPS = 3
 STEPS = 20  # of each model; a median of fewer is not worth quoting
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in measure_startup(arguments.config, arguments.devices, overrides):
             _print(line)
         return 0
-    cli.prepare_process(arguments.devices)  # what `moe-jax train` does before JAX starts
+    environment.prepare_process(arguments.devices)  # what `moe-jax train` does before JAX starts
     from moe_jax.config import ConfigError
     from moe_jax.data.documents import CorpusError
 

@@ -79,21 +79,21 @@ def test_the_locks_libtpu_is_the_one_this_jax_asks_for():
 
 def test_libtpu_is_not_started_where_there_is_no_tpu(install, monkeypatch):
     """It prints errors when it finds none; a choice by the user stands."""
-    from moe_jax import cli
+    from moe_jax import environment
 
-    assert cli.TPU_PCI_DEVICES == install.TPU_PCI_DEVICES
-    monkeypatch.setattr(cli, "_installed", lambda name: name == "libtpu")
-    monkeypatch.setattr(cli, "has_tpu", lambda: False)
+    assert environment.TPU_PCI_DEVICES == install.TPU_PCI_DEVICES
+    monkeypatch.setattr(environment, "_installed", lambda name: name == "libtpu")
+    monkeypatch.setattr(environment, "has_tpu", lambda: False)
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
     monkeypatch.delenv("JAX_PLATFORMS")
-    cli.prepare_process(1)
+    environment.prepare_process(1)
     assert os.environ["JAX_PLATFORMS"] == "cpu"
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    cli.prepare_process(1)
+    environment.prepare_process(1)
     assert os.environ["JAX_PLATFORMS"] == "tpu"
     monkeypatch.delenv("JAX_PLATFORMS")
-    monkeypatch.setattr(cli, "has_tpu", lambda: True)
-    cli.prepare_process(1)
+    monkeypatch.setattr(environment, "has_tpu", lambda: True)
+    environment.prepare_process(1)
     assert "JAX_PLATFORMS" not in os.environ
 
 
