@@ -41,7 +41,7 @@ class _Maker:
         text = f"{dtype}[{','.join(map(str, shape))}]"
         return Collective(kind, axes, dtype, sent_bytes(kind, math.prod(shape) * item, devices), text,
                           times * self.microbatches, scope=scope, devices=devices,
-                          between_slices=self.slice.num_slices > 1 and "data" in axes)
+                          between_slices=self.slice.num_slices > 1 and self.config.mesh.slice_axis in axes)
 
     def moe_layers(self) -> int:
         return len(self.config.moe_layers)

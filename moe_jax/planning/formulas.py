@@ -6,14 +6,14 @@ at the same time is the compiler's choice; tests/test_formulas.py says how near 
 """
 
 import dataclasses
+import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.config import Config
+from moe_jax.config import Config, MeshConfig
 from moe_jax.models.decoder import layer_pattern
 from moe_jax.nn.activations import activation
 from moe_jax.nn.splash import unfit
@@ -65,7 +65,7 @@ def estimate(config: Config, slice_: Slice, sizes: dict[str, int], step: str = "
 
     share = Share.of(config, sizes, step)
     state = state_leaves(config, sizes)
-    count = count_parameters(config, config.model.vocab_size)
+    count = _abstract(_without_mesh(config))[0]
     cache = _cache_bytes(config, share) if step != "train" else 0
     memory = _training_memory(config, share, state) if step == "train" else _inference_memory(config, share, state, cache)
     model_flops, hardware_flops = _flops(config, share, step)
@@ -167,18 +167,31 @@ class Leaf:
 
 def state_leaves(config: Config, sizes: dict[str, int]) -> dict[str, list[Leaf]]:
     """The arrays of the training state by its entries (``params``, ``opt_state`` …), nothing allocated."""
-    shapes = jax.eval_shape(lambda: initial_state(config, config.model.vocab_size))
-    specs = state_specs(shapes)
     found: dict[str, list[Leaf]] = {}
+    for path, shape, itemsize, spec in _abstract(_without_mesh(config))[1]:
+        found.setdefault(path[0], []).append(Leaf(path, shape, itemsize, spec, sizes))
+    return found
+
+
+def _without_mesh(config: Config) -> Config:
+    """Configs whose state is alike: a search asks for one on many meshes."""
+    return dataclasses.replace(config, mesh=MeshConfig(), training=dataclasses.replace(config.training, microbatches=1))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config):
+    """Parameters counted; and path, shape, bytes of a number and sharding of every array of the state."""
+    shapes = jax.eval_shape(lambda: initial_state(config, config.model.vocab_size))
+    leaves = []
 
     def add(path, leaf, spec):
         names = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
         # A key is two 32-bit numbers.
         size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-        found.setdefault(names[0], []).append(Leaf(names, leaf.shape, size, spec, sizes))
+        leaves.append((names, leaf.shape, size, spec))
 
-    jax.tree_util.tree_map_with_path(add, shapes, specs)
-    return found
+    jax.tree_util.tree_map_with_path(add, shapes, state_specs(shapes))
+    return count_parameters(config, config.model.vocab_size), leaves
 
 
 # Memory
@@ -212,8 +225,8 @@ def _inference_memory(config, share, state, cache):
 
 
 def _batch_bytes(config, share):
-    """Six int32 arrays and one of bool, of all microbatches."""
-    return share.tokens * config.training.microbatches * (6 * 4 + 1)
+    """What the step reads of a batch, four int32 arrays and one of bool, of all microbatches."""
+    return share.tokens * config.training.microbatches * (4 * 4 + 1)
 
 
 def _cache_bytes(config: Config, share: Share) -> int:
@@ -277,7 +290,8 @@ def _hidden_bytes(config: Config, share: Share, is_moe: bool) -> int:
     width = max(width for width, _ in moe.width_classes)
     rows = share.slots(config)
     total = rows * width // tensor * len(activation(moe.activation).branches + ("h",)) * share.item
-    total += 4 * rows * model.d_model * share.item  # filled, exchanged; computed, returned
+    # Filling, the exchange with its own copies, and the transposition leave one buffer each, there and back.
+    total += 8 * rows * model.d_model * share.item
     total += share.tokens * math.ceil(computed_choices(config)) * model.d_model * 4  # what each token gets back, fp32
     if moe.residual_ffn != "none":
         total += dense(model.d_ff, model.activation)
