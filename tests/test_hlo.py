@@ -279,6 +279,8 @@ def test_estimated_cycles_are_multiplied_by_rounds():
                           '  %next = s32[] add(%i, %one), backend_config={"window_config":{"estimated_cycles":"100"}}')
     assert estimated_cycles(text) == 600
     assert estimated_cycles(loop()) is None
+    open_ended = text.replace("constant(0)", "parameter(0)")
+    assert estimated_cycles(open_ended) == 100 and estimated_cycles(open_ended, branch=min) is None
 
 
 def test_estimated_cycles_of_the_dearest_or_the_cheapest_branch():

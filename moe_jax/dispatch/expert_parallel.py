@@ -152,39 +152,62 @@ def through_exchange(x_TD: jax.Array, routing: Routing, weights: Any, num_expert
     return in_rounds(one_round, rows, assignments, jnp.max(plan.size_P), x_TD, routing, weights, plan)
 
 
-def in_rounds(one_round: Callable[..., jax.Array], rows: int, most: int, fullest: jax.Array, x_TD: jax.Array,
-              *operands: Any) -> jax.Array:
-    """The sum of ``one_round(number, x_TD, *operands)`` over as many rounds of ``rows`` rows as the fullest pair of devices
+def in_rounds(one_round: Callable[..., jax.Array], rows: int, most: int, fullest: jax.Array, *operands: Any) -> jax.Array:
+    """The sum of ``one_round(number, *operands)`` over as many rounds of ``rows`` rows as the fullest pair of devices
     anywhere needs. ``fullest``: the rows of this device's fullest pair, of which there can be ``most``."""
-    y_TD = one_round(0, x_TD, *operands)
     if rows == most:  # all of them fit, wherever they go
-        return y_TD
+        return one_round(0, *operands)
     # The same number on every device, or some would wait for an exchange that others do not take part in.
     rounds = (jax.lax.pmax(fullest, tuple(varying_axes(fullest))) + rows - 1) // rows
+    leaves, tree = jax.tree.flatten(operands)
+    has_gradient = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
-    def skip(x_TD, *_):
-        return varying_like(jnp.zeros(x_TD.shape, jnp.float32), y_TD)
+    def on_leaves(number, numbers, whole_numbers):
+        numbers, whole_numbers = iter(numbers), iter(whole_numbers)
+        return one_round(number, *tree.unflatten([next(numbers if has else whole_numbers) for has in has_gradient]))
 
-    # Computed again in the backward pass, so that rounds that hardly ever happen need no memory.
-    @jax.checkpoint
-    def a_round(number, *operands):
-        return jax.lax.cond(number < rounds, functools.partial(one_round, number), skip, *operands)
+    return _in_rounds(on_leaves, rounds, [leaf for leaf, has in zip(leaves, has_gradient) if has],
+                      [leaf for leaf, has in zip(leaves, has_gradient) if not has])
 
-    def further(*operands):
-        step = lambda y_TD, number: (y_TD + a_round(number, *operands), None)
-        return jax.lax.scan(step, skip(*operands), jnp.arange(1, -(-most // rows)))[0]
 
-    if lowering_platform() == "cpu":
-        x_TD, y_TD = one_after_the_other(x_TD, y_TD)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_rounds(one_round, rounds, numbers, whole_numbers):
+    return _with_further(one_round(0, numbers, whole_numbers), rounds, lambda n: one_round(n, numbers, whole_numbers))
+
+
+def _in_rounds_forward(one_round, rounds, numbers, whole_numbers):
+    y_TD, pull = jax.vjp(lambda numbers: one_round(0, numbers, whole_numbers), numbers)
+    y_TD = _with_further(y_TD, rounds, lambda n: one_round(n, numbers, whole_numbers))
+    return y_TD, (pull, rounds, numbers, whole_numbers)
+
+
+def _in_rounds_backward(one_round, residuals, d_TD):
+    """The first round's intermediate results were kept; those of further ones, which hardly ever happen, are computed again."""
+    pull, rounds, numbers, whole_numbers = residuals
+
+    def further(number):
+        return jax.vjp(lambda numbers: one_round(number, numbers, whole_numbers), numbers)[1](d_TD)[0]
+
+    return None, _with_further(pull(d_TD)[0], rounds, further), None
+
+
+_in_rounds.defvjp(_in_rounds_forward, _in_rounds_backward)
+
+
+def _with_further(first, rounds, one_round):
+    """``first`` plus rounds 1, 2, …: a loop whose carry it is, so that no further round costs nothing, and takes no memory
+    for sums."""
     with jax.named_scope("further_rounds"):
-        return y_TD + jax.lax.cond(rounds > 1, further, skip, x_TD, *operands)
+        return jax.lax.while_loop(
+            lambda state: state[0] < rounds,
+            lambda state: (state[0] + 1, jax.tree.map(jnp.add, state[1], one_round(state[0]))), (jnp.int32(1), first))[1]
 
 
 @jax.custom_vjp
 def one_after_the_other(x_TD: jax.Array, y_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same, where x waits for y and, in the backward pass, the gradient of y for that of x.
 
-    XLA on CPU runs a conditional beside what does not depend on it, and two exchanges at once mix up their devices.
+    XLA on CPU runs a loop beside what does not depend on it, and two exchanges at once mix up their devices.
     """
     return _when_there(y_TD, x_TD), y_TD
 

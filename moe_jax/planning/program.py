@@ -185,7 +185,8 @@ def estimated_cycles(hlo_text: str, branch: Callable[..., int] = max) -> int | N
     """The sum of the compiler's own estimates, loops multiplied; None where it gives none (CPUs).
 
     Good for comparing programs for one TPU only: kernels and most collectives have no estimate and count nothing. Of the
-    branches of a conditional the dearest counts, or with ``branch=min`` the cheapest.
+    branches of a conditional the dearest counts, and once the body of a loop whose rounds are decided as it runs; with
+    ``branch=min`` the cheapest, and no round.
     """
     program = parse(hlo_text)
     cycles = _cycles(program, program.entry, branch)
@@ -199,6 +200,6 @@ def _cycles(program: Program, name: str, branch: Callable[..., int]) -> int:
         total += int(estimate.group(1)) if estimate else 0
         if instruction.opcode in ("while", "call"):
             rounds = trip_count(program, name, instruction) if instruction.opcode == "while" else 1
-            total += (1 if rounds is None else rounds) * sum(_cycles(program, called, branch) for called in instruction.called())
+            total += (branch(0, 1) if rounds is None else rounds) * sum(_cycles(program, called, branch) for called in instruction.called())
         total += branch((_cycles(program, called, branch) for called in instruction.branches()), default=0)
     return total
