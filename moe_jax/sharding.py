@@ -223,15 +223,21 @@ def varying_like(value: jax.Array, *others: jax.Array) -> jax.Array:
 
     A loop carry needs one type; and the gradient of a replicated weight so marked is summed over those devices.
     """
-    axes = frozenset().union(*map(varying_axes, others)) - varying_axes(value)
-    return jax.lax.pcast(value, tuple(axes), to="varying") if axes else value
+    wanted = {axis for other in others for axis in varying_axes(other)} - set(varying_axes(value))
+    axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in wanted)
+    return jax.lax.pcast(value, axes, to="varying") if axes else value
 
 
-def varying_axes(x: jax.Array) -> frozenset[str]:
-    """Under ``jax.shard_map``: the mesh axes along which ``x`` may differ between devices."""
+def varying_axes(x: jax.Array) -> tuple[str, ...]:
+    """Under ``jax.shard_map``: the mesh axes along which ``x`` may differ between devices, in the order of the mesh.
+
+    JAX has a set, whose order is another one in every process; a collective over it would then number its devices
+    differently in programs that are to be the same, and they would wait for each other for ever.
+    """
     kind = jax.typeof(x)
     # Renamed between JAX 0.10 and 0.12.
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    varying = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    return tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in varying)
 
 
 def unmarked(kernel: Callable, *arrays: jax.Array) -> jax.Array:

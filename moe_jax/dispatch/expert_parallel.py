@@ -158,7 +158,7 @@ def in_rounds(one_round: Callable[..., jax.Array], rows: int, most: int, fullest
     if rows == most:  # all of them fit, wherever they go
         return one_round(0, *operands)
     # The same number on every device, or some would wait for an exchange that others do not take part in.
-    rounds = (jax.lax.pmax(fullest, tuple(varying_axes(fullest))) + rows - 1) // rows
+    rounds = (jax.lax.pmax(fullest, varying_axes(fullest)) + rows - 1) // rows
     leaves, tree = jax.tree.flatten(operands)
     has_gradient = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
