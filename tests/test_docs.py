@@ -31,6 +31,9 @@ RECIPE = ROOT / "docs/adding_a_router.md"
 # Files that the recipe tells the reader to write.
 TO_BE_WRITTEN = ("moe_jax/routing/grouped_top_k.py", "tests/test_grouped_top_k.py")
 
+# Options of gcloud, XPK and Slurm that docs/tpu.md explains.
+OPTIONS_OF_OTHERS = {"--max-restarts", "--node-count", "--node-id", "--num-slices", "--requeue", "--script-dir", "--worker"}
+
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -195,7 +198,7 @@ def test_commands_and_their_options_exist(path):
                 "python -m benchmarks.moe_layer": moe_layer._parser(),
                 "python -m benchmarks.policy_variance": policy_variance._parser(),
                 "python -m benchmarks.expert_parallel": expert_parallel._parser()}
-    everything = {"--help", "-h"}.union(*map(options, programs.values()))
+    everything = {"--help", "-h", *OPTIONS_OF_OTHERS}.union(*map(options, programs.values()))
     for program, parser in programs.items():
         for words in commands(path, program):
             named = {word.split("=")[0] for word in words if word.startswith("-") and not word.startswith("--config.")}

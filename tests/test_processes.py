@@ -3,6 +3,7 @@
 And what becomes of one process when the other is missing: a message that names it, and an end (R11).
 """
 
+import functools
 import json
 import os
 import re
@@ -105,12 +106,25 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@functools.cache
+def seeds_that_order_sets_differently() -> tuple[str, str]:
+    """For PYTHONHASHSEED. By default it is by chance, and a program that depends on a set's order differs only now and then."""
+    program, found = "print(list({'data', 'expert'}))", {}
+    for seed in map(str, range(64)):
+        order = subprocess.check_output([sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed})
+        found.setdefault(order, seed)
+        if len(found) == 2:
+            return tuple(found.values())
+    raise AssertionError("no two seeds order the axes differently")
+
+
 def run_two(folder, *words, events=("nothing", "nothing"), at=0, timeout=120, extra=((), ()), seconds=280):
     """Both processes' outcomes, of the same command line; ``extra`` are words that one of them alone is given."""
     folder.mkdir(exist_ok=True)
     port = free_port()
     # Compiled programs of killed processes may be half-written, so these share a folder with nobody else.
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": os.path.join(os.environ["MOE_JAX_TEST_SESSION"], "compiled_by_two")}
+    seeds = seeds_that_order_sets_differently()
     started = []
     try:
         for i in (0, 1):
@@ -119,7 +133,8 @@ def run_two(folder, *words, events=("nothing", "nothing"), at=0, timeout=120, ex
                        *extra[i]]
             # Files, not pipes: what one process writes must not wait until the other has been read.
             with open(folder / f"out{i}", "w") as out, open(folder / f"err{i}", "w") as err:
-                started.append(subprocess.Popen(command, cwd=REPOSITORY, stdout=out, stderr=err, env=environment))
+                started.append(subprocess.Popen(command, cwd=REPOSITORY, stdout=out, stderr=err,
+                                                env={**environment, "PYTHONHASHSEED": seeds[i]}))
         until = time.monotonic() + seconds
         for process in started:
             process.wait(max(1.0, until - time.monotonic()))
@@ -263,6 +278,19 @@ def test_processes_with_other_settings_are_refused_before_anything_is_written(co
         assert "optimizer.learning_rate is 0.003 on process 0 and 0.5 on process 1" in outcome.error
         assert "same command, the same code and the same packages" in outcome.error
     assert not (tmp_path / "run").exists()
+
+
+def test_programs_that_differ_are_refused_and_those_of_one_text_run(monkeypatch):
+    """As process 0 of three sees it, whose third has compiled another program."""
+    others = []
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "gather", lambda name, digest: [digest, digest, *(others or [digest])])
+    monkeypatch.setattr(processes, "barrier", lambda name, seconds=None: None)
+    double = jax.jit(lambda x: 2 * x)
+    assert processes.compiled_together(double, "doubling")(np.float32(3)) == 6
+    others.append("something else")
+    with pytest.raises(processes.ProcessError, match="program of doubling is another one on process 2 than on process 0"):
+        processes.compiled_together(double, "doubling")(np.float32(3))
 
 
 def test_hosts_that_do_not_share_the_run_directory_are_refused(monkeypatch, tmp_path):

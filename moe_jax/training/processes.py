@@ -10,11 +10,13 @@ JAX has no public interface to that service (0.10 to 0.12); :class:`_Service` is
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -333,7 +335,11 @@ def compiled_together(function: Callable, name: str) -> Callable:
     """A function of ``jax.jit``, for arguments of one shape; as it is where there is one process.
 
     Of several, each compiles it at its first call, and none runs it before all have: a collective between CPUs waits 30 s
-    for a late peer and then fails (that limit is the library's), and compiling may take longer on one host.
+    for a late peer and then fails (that limit is the library's), and compiling may take longer on one host. Programs that
+    differ (by the order of a set, say) would wait for each other in different collectives; they are refused.
+
+    Raises:
+      ProcessError: at a call, the first: the processes' programs differ, or not all compile it within the limit.
     """
     if not several():
         return function
@@ -343,11 +349,25 @@ def compiled_together(function: Callable, name: str) -> Callable:
         nonlocal compiled
         if compiled is None:
             with place(f"compiling {name}", COMPILING):
-                compiled = function.lower(*operands).compile()
+                lowered = function.lower(*operands)
+                _require_one_program(name, lowered)
+                compiled = lowered.compile()
             barrier(f"{name} is compiled", COMPILING)
         return compiled(*operands)
 
     return call
+
+
+def _require_one_program(name: str, lowered: jax.stages.Lowered) -> None:
+    # Not compared: what kernels are made of, which may name files of the host.
+    text = re.sub(r'backend_config = "[^"]*"', "", lowered.as_text())
+    digests = gather(f"the program of {name}", hashlib.sha256(text.encode()).hexdigest())
+    others = [i for i, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise ProcessError(
+            f"The program of {name} is another one on process {_numbers(others)} than on process 0, and they would wait for "
+            f"each other for ever. They were started alike, so the code makes it differ: something in it depends on the "
+            f"order of a set, on the process's number or on its files.")
 
 
 def gather(name: str, value: Any) -> list[Any]:
