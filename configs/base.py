@@ -88,8 +88,9 @@ def get_config() -> ConfigDict:
     moe.expert_parallelism = "compiler"  # how tokens reach experts on other devices: compiler (XLA inserts the all-to-all from
                                       # where the buffers lie; dropless, which has none, as shard_map), shard_map (written
                                       # out), none (tokens stay, every device gathers the weights of all experts)
-    moe.row_exchange = "auto"         # rows of dropless travel padded (all_to_all, anywhere), ragged (ragged_all_to_all: TPU,
-                                      # GPU), auto (ragged where it compiles)
+    moe.row_exchange = "padded"       # rows of dropless travel padded (all_to_all, anywhere), ragged (ragged_all_to_all: TPU,
+                                      # GPU; half the bytes, more work around them by the compiler's estimate), auto
+                                      # (ragged where it compiles)
     moe.row_exchange_factor = 2.0     # rows that two devices exchange at once, over a balanced load; more travel in further
                                       # rounds, nothing is dropped
     moe.exchange_chunks = 1           # a device's groups in so many parts: one travels while the experts compute another

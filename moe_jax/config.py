@@ -135,7 +135,7 @@ class MoEConfig:
     eval_dispatch: str = "dropless"
     grouped_matmul: str = "auto"
     expert_parallelism: str = "compiler"
-    row_exchange: str = "auto"
+    row_exchange: str = "padded"
     row_exchange_factor: float = 2.0
     exchange_chunks: int = 1
     capacity_factor: float = 1.25

@@ -152,7 +152,7 @@ def test_ragged_rows_are_refused_where_xla_has_no_such_exchange():
             dispatcher("dropless", row_exchange="ragged")
 
 
-@pytest.mark.parametrize("field, value", [("row_exchange", "padded"), ("row_exchange_factor", 3.0)])
+@pytest.mark.parametrize("field, value", [("row_exchange", "ragged"), ("row_exchange_factor", 3.0)])
 def test_options_of_an_exchange_are_refused_where_there_is_none(field, value):
     with pytest.raises(ConfigError, match=f"moe.{field}=.*has no effect with moe.expert_parallelism='none'"):
         resolve({"moe": {"expert_parallelism": "none", field: value}})

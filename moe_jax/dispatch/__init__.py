@@ -29,7 +29,7 @@ DISPATCHERS = {
 }
 
 
-def dispatcher(name: str, grouped_matmul: str = "auto", expert_parallelism: str = "compiler", row_exchange: str = "auto",
+def dispatcher(name: str, grouped_matmul: str = "auto", expert_parallelism: str = "compiler", row_exchange: str = "padded",
                row_exchange_factor: float = 2.0, exchange_chunks: int = 1, expert_nodes: int = 1,
                nodes_per_token: int = 0) -> Callable:
     """The dispatcher of that name, with ``moe.grouped_matmul`` and the other options of :class:`moe_jax.config.MoEConfig`

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.nn.moe import GroupLayout, MoEStatistics, RoutingMode
-from moe_jax.sharding import batch_sharding, local_rows, over_groups
+from moe_jax.sharding import batch_sharding, compiler_options, local_rows, over_groups
 from moe_jax.training import processes
 from moe_jax.training.losses import cross_entropy
 from moe_jax.training.step import Batch, check_statistics, forward, routing_sums
@@ -79,7 +79,7 @@ class Evaluator:
         if mode not in self._compiled:
             self._compiled[mode] = processes.compiled_together(jax.jit(functools.partial(
                 evaluation_sums, config=self.config, vocab_size=self.vocab_size, mode=mode,
-                num_domains=len(self.domains))), f"evaluation by {mode.dispatch}")
+                num_domains=len(self.domains)), compiler_options=compiler_options()), f"evaluation by {mode.dispatch}")
         return self._compiled[mode]
 
     def sums(self, params: Any, bias_LE: jax.Array, batches: Iterable[dict[str, np.ndarray]], mode: RoutingMode,
