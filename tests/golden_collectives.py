@@ -129,7 +129,7 @@ _HEAD = f"""# Collectives of one MoE layer
 
 What a device exchanges in one MoE layer under each parallel layout ([parallelism.md](parallelism.md) draws them), read
 from the compiled program: how often, which collective, over which axis of the mesh, of which type, and the bytes that one
-device sends in all of them together. In parentheses: what a skewed load may need beyond that, at most. Made by
+device sends in all of them together. In parentheses: what each further round of a skewed load needs. Made by
 `make golden`; the tests compile every line again and compare it, and check it against what the layout should need.
 
 The layer: {B} sequences of {S} tokens, D = {D}, F = {F}, E = {E}, K = {K}, bf16, capacity 1.25.
