@@ -128,7 +128,7 @@ def test_gates_on_the_input_and_biases_count_once(way, ragged):
 
 
 def test_the_rows_beyond_a_round_do_travel_in_further_ones():
-    """Without further rounds most tokens of one expert would be missing; with so few rows at once there are six."""
+    """Without a second round three of each device's eleven rows for one expert would be missing."""
     how = expert_parallel.Exchange(ragged=False, factor=0.3)
     lists, counted = LISTS["one expert takes all"], []
     original = expert_parallel._padded_round

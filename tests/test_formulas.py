@@ -112,6 +112,16 @@ def test_a_mesh_with_more_shares_is_suggested_and_fits():
     assert any(word.startswith("--mesh=") for word in found[0].settings)
 
 
+def test_on_a_larger_slice_what_helps_is_changed_too_and_named_once():
+    """Of a step that is rematerialised already and six times too large."""
+    case = Case.of({"fsdp": 2, "expert": 4}, data_batch_size=128, moe_d_ff=448)
+    correction = 6 * V5E.hbm_bytes_per_device / estimate(case.config, V5E, case.sizes).peak_bytes
+    (found,) = suggestions(case.config, V5E, case.sizes, "train", correction)
+    names = [setting.partition("=")[0] for setting in found.settings]
+    assert names == ["--slice", "--mesh", "--config.training.microbatches"] and found.slice.chips == 32
+    assert math.prod(found.sizes.values()) == 32 and found.estimate.peak_bytes * correction <= V5E.hbm_bytes_per_device
+
+
 def test_larger_slices_ascend():
     chips = [slice_.chips for slice_ in larger_slices(V5E)]
     assert chips == sorted(chips) and chips[0] == 16

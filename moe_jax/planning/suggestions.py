@@ -38,7 +38,7 @@ def suggestions(config: Config, slice_: Slice, sizes: dict[str, int], step: str 
     """Changes with which the step fits by formula, the smallest first; nothing if the step fits as it is.
 
     One change on the same slice – recomputation, a mesh that shares more, more microbatches (fewer rows, for prefill and
-    decoding) –, then two or all of them, then the next larger slices, as the config is and with all of them.
+    decoding) –, then two or all of them, then the next larger slice on which it fits, with as many of them as that takes.
 
     Args:
       correction: what the compiler needed over what the formula said, if the step was compiled: 1.2. Formulas of changes
@@ -64,11 +64,13 @@ def suggestions(config: Config, slice_: Slice, sizes: dict[str, int], step: str 
         on_larger = _on_slice(start, larger, step)
         if on_larger is None:
             continue
-        for names in ((), tuple(ways)):
-            found = _after(on_larger, names, step, room)
-            if fitting(found):
-                yield found
-                return
+        found = on_larger
+        for way in ways:
+            if not fitting(found):
+                found = way(found, step, room) or found  # a way may change nothing
+        if fitting(found):
+            yield found
+            return
 
 
 def _pairs(ways):
@@ -86,8 +88,10 @@ def _after(start: Suggestion, ways: tuple[Callable, ...], step: str, room: float
 
 
 def _changed(before: Suggestion, config: Config, sizes: dict[str, int], setting: str, why: str, step: str) -> Suggestion:
-    return dataclasses.replace(before, settings=(*before.settings, setting), why=" ".join(filter(None, (before.why, why))),
-                               config=config, sizes=sizes, estimate=estimate(config, before.slice, sizes, step))
+    same = setting.partition("=")[0] + "="
+    settings = (*(each for each in before.settings if not each.startswith(same)), setting)
+    return dataclasses.replace(before, settings=settings, why=" ".join(filter(None, (before.why, why))), config=config,
+                               sizes=sizes, estimate=estimate(config, before.slice, sizes, step))
 
 
 def _rematerialised(before, step, room):
