@@ -21,7 +21,7 @@ SLICE, SIZES = "v5e-4", {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
 def config(**settings):
     return tiny.config(**(dict(
         model_num_layers=2, model_d_model=256, model_num_heads=4, model_num_kv_heads=2, model_head_dim=64,
-        model_vocab_size=512, model_dtype="bfloat16", moe_every=1, moe_num_experts=4, moe_d_ff=512,
+        model_vocab_size=512, model_dtype="bfloat16", moe_every=1, moe_num_experts=4, moe_d_ff=512, moe_row_exchange="auto",
         data_sequence_length=256, data_batch_size=4, optimizer_name="adamw") | settings))
 
 

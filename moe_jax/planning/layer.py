@@ -1,7 +1,7 @@
 """One MoE layer alone, forward and backward, compiled for a mesh whose devices need not exist.
 
 What the layer exchanges is easier to see without the model around it: the golden table of collectives
-(``tests/collectives.py``) and ``benchmarks/expert_parallel.py`` read it from this program.
+(``tests/golden_collectives.py``) and ``benchmarks/expert_parallel.py`` read it from this program.
 """
 
 from typing import Any
