@@ -40,14 +40,14 @@ class Work:
                                    kernel_flops=self.kernel_flops * count)
 
 
-def work(hlo_text: str) -> Work:
-    """The work of a compiled program, from ``compiled.as_text()``. A loop whose rounds cannot be read counts as one round;
-    of the branches of a conditional the one with most FLOPs counts."""
+def work(hlo_text: str, open_ended: int = 1) -> Work:
+    """The work of a compiled program, from ``compiled.as_text()``. A loop whose rounds are decided as it runs counts as
+    ``open_ended`` rounds; of the branches of a conditional the one with most FLOPs counts."""
     program = parse(hlo_text)
-    return _of_computation(program, program.entry)
+    return _of_computation(program, program.entry, open_ended)
 
 
-def _of_computation(program: Program, name: str) -> Work:
+def _of_computation(program: Program, name: str, open_ended: int) -> Work:
     total = Work()
     for instruction in program.computations[name].values():
         if instruction.opcode == "fusion":
@@ -56,8 +56,8 @@ def _of_computation(program: Program, name: str) -> Work:
             continue
         for called in instruction.called():
             rounds = trip_count(program, name, instruction) if instruction.opcode == "while" else 1
-            total += _of_computation(program, called).times(rounds or 1)
-        branches = [_of_computation(program, branch) for branch in instruction.branches()]
+            total += _of_computation(program, called, open_ended).times(open_ended if rounds is None else rounds)
+        branches = [_of_computation(program, branch, open_ended) for branch in instruction.branches()]
         total += max(branches, key=lambda each: each.flops, default=Work())
         total += _of_instruction(program.computations[name], instruction)
     return total

@@ -102,11 +102,16 @@ def _exchanges(plan: Plan) -> str:
     if not plan.exchanges:
         return "collectives: none"
     rows = [("collectives per step", "over", "data", "count", "MiB each", "GiB sent", "time", "beside computing")]
-    for row in merged(plan.exchanges):
+    certain = [each for each in plan.exchanges if not each.conditional]
+    for row in merged(certain):
         rows.append((f"  {row.kind}", " x ".join(row.axes) or "-", row.dtype, f"{row.count:,}",
                      _amount(row.bytes_sent / MIB), _amount(row.bytes_sent * row.count / GIB), seconds_text(row.seconds),
                      "yes" if row.overlapped else "no"))
-    return aligned(rows, left=3)
+    lines = [aligned(rows, left=3)]
+    if len(certain) < len(plan.exchanges):
+        lines.append(_wrapped("and, where loads are skewed, further rounds of the exchange of rows (--json lists one), which no "
+                              "figure here counts"))
+    return "\n".join(lines)
 
 
 def merged(exchanges: Iterable[Exchange]) -> list[Exchange]:

@@ -52,6 +52,7 @@ def step_time(slice_: Slice, sizes: dict[str, int], flops: float, bytes_accessed
     """max(products, memory, overlapped network) + network that nothing overlaps.
 
     Args:
+      collectives: conditional ones are left out.
       sizes: of the mesh axes; slice_axis: ``mesh.slice_axis``.
       flops, bytes_accessed: of one device in one step; hardware's: recomputation and padding included.
       cycles, kernel_flops: the compiler's estimate and the FLOPs of kernels, which it leaves out; shown beside, not used.
@@ -61,6 +62,8 @@ def step_time(slice_: Slice, sizes: dict[str, int], flops: float, bytes_accessed
     products, memory = flops / peak, bytes_accessed * chip.devices_per_chip / chip.hbm_bytes_per_second
     exposed, hidden = 0.0, 0.0
     for each in collectives:
+        if each.conditional:  # hardly ever runs
+            continue
         seconds = each.count * collective_seconds(each, slice_, sizes, slice_axis)
         exposed, hidden = (exposed, hidden + seconds) if each.overlapped else (exposed + seconds, hidden)
     device = max(products, memory)
