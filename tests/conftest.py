@@ -97,7 +97,7 @@ else:
 
 # Linux lets a process have 65,530 mappings. Every compiled program takes several, and where there are no more the
 # compiler dies of a segmentation fault.
-MOST_MAPPINGS, TESTS_BETWEEN_LOOKS = 25_000, 40
+MOST_MAPPINGS, TESTS_BETWEEN_LOOKS = 25_000, 4
 tests_since_look = 0
 
 
