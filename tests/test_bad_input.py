@@ -63,6 +63,7 @@ def assert_refused(outcome, *parts, code=1):
     ("moe=1", ("moe", "no such setting")),
     ("optimizer.learning_rate=nan", ("optimizer.learning_rate", "finite")),
     ("mesh.expert=5", ("expert=5", "nearest legal")),
+    ("moe.row_exchange=ragged", ("moe.row_exchange='ragged'", "no ragged all-to-all for cpu", "'padded'")),
     ("data.batch_size=7", ("data.batch_size", "nearest legal data.batch_size: 6, 8", "--devices=1, 7")),
 ])
 def test_a_setting_that_cannot_be_names_the_key_and_the_cure(moe_jax, corpus, tmp_path, setting, parts):

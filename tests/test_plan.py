@@ -191,6 +191,13 @@ def fake_planner(seconds, peak, compiled_peak=None):
     return plan, compiled
 
 
+def test_where_no_mesh_fits_those_that_lack_least_are_compiled():
+    planner, compiled = fake_planner(lambda mesh: 1.0 * mesh["fsdp"], lambda mesh: 400.0 / mesh["fsdp"])
+    found = search(tiny(), parse_slice("v5e-8"), planner, 1)
+    largest = max(plan.mesh["fsdp"] for plan in found.plans)
+    assert found.best is None and compiled[0]["fsdp"] == largest > 1
+
+
 def test_the_fastest_mesh_that_fits_is_compiled_and_is_the_best():
     planner, compiled = fake_planner(lambda mesh: 10.0 - mesh["data"] - mesh["fsdp"], lambda mesh: 40.0 / mesh["fsdp"])
     said = []

@@ -143,13 +143,19 @@ def through_exchange(x_TD: jax.Array, routing: Routing, weights: Any, num_expert
     peers = peers or Peers(expert_devices())
     devices = peers.size
     assignments = routing.expert_N.shape[0]
-    # In most lists a token meets an expert once: more than T·e rows never go to one device.
-    usual = min(assignments, x_TD.shape[0] * (num_experts // devices))
-    rows = min(usual, 8 * math.ceil(how.factor * (load or assignments) / devices / 8))
+    rows = rows_at_once(assignments, x_TD.shape[0], num_experts, devices, how.factor, load)
     plan = _plan(routing.expert_N, num_experts, peers)
     ragged = how.ragged and devices > 1
     one_round = functools.partial(_ragged_round if ragged else _padded_round, rows=rows, peers=peers, compute=compute)
     return in_rounds(one_round, rows, assignments, jnp.max(plan.size_P), x_TD, routing, weights, plan)
+
+
+def rows_at_once(assignments: int, tokens: int, num_experts: int, devices: int, factor: float,
+                 load: int | None = None) -> int:
+    """Rows that a pair of devices exchanges in one round."""
+    # In most lists a token meets an expert once: more than T·e rows never go to one device.
+    usual = min(assignments, tokens * (num_experts // devices))
+    return min(usual, 8 * math.ceil(factor * (load or assignments) / devices / 8))
 
 
 def in_rounds(one_round: Callable[..., jax.Array], rows: int, most: int, fullest: jax.Array, *operands: Any) -> jax.Array:

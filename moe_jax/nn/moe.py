@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -188,10 +189,7 @@ class MoELayer(nnx.Module):
             listed_G = dataclasses.replace(listed_G, expert_N=jnp.minimum(listed_G.expert_N, moe.num_routed_experts))
         if moe.expert_copies:
             listed_G = self._to_copies(listed_G)
-        dispatch = dispatcher(mode.dispatch, moe.grouped_matmul, moe.expert_parallelism, moe.row_exchange,
-                              moe.row_exchange_factor, moe.exchange_chunks, self.config.mesh.expert_nodes,
-                              self.config.nodes_per_token)
-        y_GTD, kept_GN = self._experts(x_GTD, listed_G, dispatch, capacity)
+        y_GTD, kept_GN = self._experts(x_GTD, listed_G, dispatcher_of(self.config, mode.dispatch), capacity)
         y_BSD = groups.join(y_GTD)
         if moe.num_shared_experts:
             y_BSD = y_BSD + self.shared(x_BSD)
@@ -298,6 +296,17 @@ class MoELayer(nnx.Module):
             if router.two_levels:
                 logits["group_noise_logits_TX"] = product(self.w_router_group_noise_DX[...])
         return logits
+
+
+def dispatcher_of(config: Config, name: str) -> Callable:
+    """The dispatcher ``name`` with the config's options.
+
+    Raises:
+      ConfigError: the devices of the mesh in context cannot exchange rows as the config says.
+    """
+    moe = config.moe
+    return dispatcher(name, moe.grouped_matmul, moe.expert_parallelism, moe.row_exchange, moe.row_exchange_factor,
+                      moe.exchange_chunks, config.mesh.expert_nodes, config.nodes_per_token)
 
 
 def part_of(routing: Routing, first: int, count: int, total: int) -> Routing:

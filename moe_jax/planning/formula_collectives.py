@@ -9,7 +9,7 @@ import math
 from typing import Iterator
 
 from moe_jax.config import Config
-from moe_jax.planning.formulas import Leaf, Share, blocks
+from moe_jax.planning.formulas import Leaf, Share, blocks, exchanged_rows
 from moe_jax.planning.hlo import Collective, sent_bytes
 from moe_jax.planning.slices import Slice
 from moe_jax.routing import ROUTERS
@@ -141,12 +141,6 @@ def _experts(make: _Maker) -> Iterator[Collective]:
         # At the most: [N, D] to [P, rows, D]. A balanced load sends as much as it has.
         shape = (min(assignments, peers * rows), width)
         yield make("ragged-all-to-all", ("expert",), shape, share.item, times * both, "rows of tokens")
-
-
-def exchanged_rows(config: Config, assignments: int, tokens: int, peers: int) -> int:
-    """Rows that a pair of devices exchanges at once (:func:`moe_jax.dispatch.expert_parallel.through_exchange`)."""
-    most = min(assignments, tokens * (config.moe.num_experts // peers))
-    return min(most, 8 * math.ceil(config.moe.row_exchange_factor * assignments / peers / 8))
 
 
 # Sums over `tensor`

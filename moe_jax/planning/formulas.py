@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import Config, MeshConfig
+from moe_jax.dispatch.expert_parallel import rows_at_once
 from moe_jax.models.decoder import layer_pattern
 from moe_jax.nn.activations import activation
 from moe_jax.nn.splash import unfit
@@ -128,11 +129,19 @@ class Share:
         if self.dispatch == "reference":
             return self.tokens * moe.num_experts
         if self.dispatch == "dropless":
-            return math.ceil(self.tokens * computed_choices(config))
+            chosen, peers = math.ceil(self.tokens * computed_choices(config)), sizes["expert"]
+            if peers == 1 or moe.expert_parallelism == "none":
+                return chosen
+            return peers * exchanged_rows(config, chosen, self.tokens, peers)
         tokens = group_tokens(config)
         capacity = ROUTERS[moe.router].capacity(tokens, moe, moe.capacity_factor)
         # [G_(data,fsdp,expert), E, C] and [G_(data,fsdp), E_expert, C] hold as many.
         return self.tokens // tokens * moe.num_experts * capacity
+
+
+def exchanged_rows(config: Config, assignments: int, tokens: int, peers: int) -> int:
+    """Rows that a pair of ``peers`` devices exchanges at once, of a device's tokens and their assignments."""
+    return rows_at_once(assignments, tokens, config.moe.num_experts, peers, config.moe.row_exchange_factor)
 
 
 @dataclasses.dataclass(frozen=True)

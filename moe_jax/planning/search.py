@@ -23,9 +23,10 @@ class Found:
     best: Plan | None
 
 
-def rank(plan: Plan) -> tuple[bool, float, int]:
-    """What fits before what does not; then the faster, then the smaller."""
-    return (not plan.memory.fits, plan.time.seconds, plan.memory.peak_bytes)
+def rank(plan: Plan) -> tuple[bool, float, float]:
+    """What fits before what does not; of what fits the faster first, then the smaller, of what does not the smaller."""
+    order = (plan.time.seconds, plan.memory.peak_bytes)
+    return (False, *order) if plan.memory.fits else (True, *reversed(order))
 
 
 def search(config: Config, slice_: Slice, planner: Planner, compiled: int,

@@ -22,6 +22,7 @@ except ImportError:  # Windows
 
 from moe_jax.config import Config, ConfigError, differences
 from moe_jax.data.batches import Data, join_rows, open_data
+from moe_jax.nn.moe import dispatcher_of
 from moe_jax.sharding import local_rows, make_mesh, resolve_mesh
 from moe_jax.training import processes
 from moe_jax.training.checkpoint import Checkpointer, CheckpointError, Restored
@@ -307,14 +308,18 @@ def check_config_matches_mesh(config: Config, num_devices: int) -> None:
     """Refuses early, before data is prepared.
 
     Raises:
-      ConfigError: the mesh does not fit; on CPU, where the number of devices is free, the message says which ones do.
+      ConfigError: the mesh does not fit; on CPU, where the number of devices is free, the message says which ones do. Or
+        its devices cannot exchange rows as evaluation and generation, which are dropless, will ask them to.
     """
     try:
-        resolve_mesh(config, num_devices)
+        sizes = resolve_mesh(config, num_devices)
     except ConfigError as error:
         fitting = [str(n) for n in range(1, 65) if _fits(config, n)] if jax.default_backend() == "cpu" else []
         hint = f" Numbers of devices that fit as it is: --devices={', '.join(fitting)}." if fitting else ""
         raise ConfigError(f"{error}{hint}") from None
+    if config.moe_layers:
+        with jax.set_mesh(make_mesh(sizes, slice_axis=config.mesh.slice_axis)):
+            dispatcher_of(config, "dropless")
 
 
 def _fits(config: Config, num_devices: int) -> bool:
