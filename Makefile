@@ -46,7 +46,7 @@ train: python-is-there
 
 test: python-is-there
 	@$(INSTALL) --extras data,dev,tpu
-	@"$(VENV)/bin/python" -m pytest -n "$(JOBS)" --dist loadfile $(ARGS)
+	@"$(VENV)/bin/python" -m pytest -n "$(JOBS)" --dist loadfile --max-worker-restart=0 $(ARGS)
 
 golden: python-is-there
 	@$(INSTALL) --extras data,dev,tpu
