@@ -3,7 +3,7 @@
     moe-jax train --config=configs/base.py --config.training.num_steps=1000 --config.moe.num_experts=16
 
 Units: tokens, sequences, steps, layers as named; learning rates and weights are plain factors. What cannot work
-together is refused at the start with the legal values (moe_jax/config.py, moe_jax/sharding.py).
+together is refused at the start with the legal values (moe_jax/config/, moe_jax/sharding.py).
 """
 
 from ml_collections import ConfigDict

@@ -1,0 +1,127 @@
+"""A run's whole config: its sections, and what must fit together among them."""
+
+import dataclasses
+from typing import Any
+
+from moe_jax.config.checks import choice, nearest_divisors, nearest_multiples, require
+from moe_jax.config.moe import MoEConfig
+from moe_jax.config.sections import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. The sections are independent; what must fit together is checked here."""
+
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def __post_init__(self):
+        batch, microbatches = self.data.batch_size, self.training.microbatches
+        require(batch % microbatches == 0, "training.microbatches", microbatches,
+                 f"must divide data.batch_size={batch}; nearest legal values: {nearest_divisors(microbatches, batch)}.")
+        if self.optimizer.schedule != "rsqrt":
+            require(self.optimizer.warmup_steps <= self.training.num_steps, "optimizer.warmup_steps",
+                     self.optimizer.warmup_steps,
+                     f"exceeds training.num_steps={self.training.num_steps}; the run would end inside its warm-up.")
+        if self.moe.is_dense:
+            return
+        require(self.model.num_layers > self.moe_offset, "moe.every", self.moe.every,
+                 f"gives no MoE layer among model.num_layers={self.model.num_layers}; set moe.every to at most "
+                 f"{self.model.num_layers}, or moe.num_experts=0 for a dense model.")
+        self._check_first_dense_layers()
+        require(self.model.attention != "splash" or self.moe.padding == "nowhere", "model.attention", self.model.attention,
+                 f"sees padding otherwise than the plain one, and moe.padding={self.moe.padding!r} makes that matter; set it "
+                 f"to 'auto' or 'plain', or moe.padding='nowhere'.")
+        self._check_groups()
+        # Imported here because the tables of names live with the code they name, and that code reads this module.
+        from moe_jax.dispatch import DISPATCHERS
+        from moe_jax.dispatch.grouped_matmul import IMPLEMENTATIONS
+        from moe_jax.routing import ROUTERS, check_router
+        from moe_jax.routing.balance import BALANCE_LOSSES
+        choice("moe", self.moe, "router", tuple(ROUTERS))
+        choice("moe", self.moe, "dispatch", tuple(DISPATCHERS))
+        choice("moe", self.moe, "eval_dispatch", tuple(DISPATCHERS))
+        choice("moe", self.moe, "grouped_matmul", ("auto", *IMPLEMENTATIONS))
+        choice("moe", self.moe, "balance_loss", tuple(BALANCE_LOSSES))
+        check_router(self.moe)
+        self._check_exchange()
+
+    def _check_exchange(self):
+        # Imported here as above.
+        from moe_jax.routing import ROUTERS
+        moe, nodes = self.moe, self.mesh.expert_nodes
+        require(moe.exchange_chunks == 1 or moe.dispatch != "reference", "moe.exchange_chunks", moe.exchange_chunks,
+                 "has no effect with moe.dispatch='reference', under which no rows travel; set it to 1, or another dispatch.")
+        if nodes == 1:
+            return
+        require(moe.dispatch == "dropless", "mesh.expert_nodes", nodes,
+                 f"is for tokens that travel row by row, but moe.dispatch={moe.dispatch!r} sends buffers of fixed capacity, a slot "
+                 f"for each choice; set moe.dispatch='dropless', or mesh.expert_nodes=1.")
+        require(moe.expert_parallelism != "none", "mesh.expert_nodes", nodes,
+                 "has no effect with moe.expert_parallelism='none', under which no rows travel; set it to 1, or another "
+                 "moe.expert_parallelism.")
+        require(ROUTERS[moe.router].fixed_choices, "mesh.expert_nodes", nodes,
+                 f"a token takes its choices along, of which moe.router={moe.router!r} makes any number; set it to 1, or a "
+                 f"router in which tokens choose.")
+
+    def _check_first_dense_layers(self):
+        moe, leading = self.moe, self.moe.first_dense_layers
+        require(leading == 0 or leading > self.moe_offset, "moe.first_dense_layers", leading,
+                 f"has no effect: with moe.every={moe.every} and moe.first={moe.first} the first {self.moe_offset} layers are "
+                 f"dense anyway; set it to 0, or to more than {self.moe_offset}.")
+        last = range(self.moe_offset, self.model.num_layers, moe.every)[-1]
+        require(leading <= last, "moe.first_dense_layers", leading,
+                 f"leaves no MoE layer among model.num_layers={self.model.num_layers}; set it to at most {last}, or "
+                 f"moe.num_experts=0 for a dense model.")
+
+    def _check_groups(self):
+        length, size = self.data.sequence_length, self.moe.group_size
+        if size and self.moe.group_over == "sequence":
+            require(length % size == 0 or size % length == 0, "moe.group_size", size,
+                     f"must divide data.sequence_length={length} or be a multiple of it; nearest legal values: "
+                     f"{nearest_divisors(size, length) if size < length else nearest_multiples(size, length)}.")
+        sequences, microbatch = self.sequences_per_group, self.data.batch_size // self.training.microbatches
+        require(microbatch % sequences == 0, "moe.group_size", size,
+                 f"one group spans {sequences} sequences, which must divide the {microbatch} sequences of a microbatch; "
+                 f"nearest legal numbers of sequences: {nearest_divisors(sequences, microbatch)}.")
+
+    @property
+    def sequences_per_group(self) -> int:
+        """How many sequences one routing group touches. A group never spans two devices."""
+        if self.moe.group_over == "batch":
+            return self.moe.group_size or self.data.batch_size // self.training.microbatches
+        return max(1, self.moe.group_size // self.data.sequence_length)
+
+    @property
+    def nodes_per_token(self) -> int:
+        """How many of ``mesh.expert_nodes`` nodes a token's choices reach at most, by ``moe.groups_per_token``; 0: any number.
+
+        Groups of experts limit nodes if no group lies on parts of two nodes."""
+        moe, nodes = self.moe, self.mesh.expert_nodes
+        if moe.num_groups % nodes == 0:
+            return min(moe.groups_per_token, nodes)
+        return moe.groups_per_token * nodes // moe.num_groups if nodes % moe.num_groups == 0 else 0
+
+    @property
+    def moe_offset(self) -> int:
+        """Index of an MoE layer in each period of ``moe.every`` layers."""
+        return self.moe.first % self.moe.every
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the MoE layers, ascending; empty for a dense model."""
+        if self.moe.is_dense:
+            return ()
+        return tuple(i for i in range(self.moe.first_dense_layers, self.model.num_layers)
+                     if i % self.moe.every == self.moe_offset)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.batch_size * self.data.sequence_length
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)

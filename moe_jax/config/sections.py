@@ -1,0 +1,162 @@
+"""The sections of a config but ``moe``: frozen dataclasses that check themselves. Field comments: ``configs/base.py``."""
+
+import dataclasses
+
+from moe_jax.config.checks import at_least, choice, nearest_divisors, nearest_multiples, require
+
+# What each computes: moe_jax/nn/activations.py.
+ACTIVATIONS = ("swiglu", "geglu", "geglu_exact", "reglu", "glu", "bilinear", "swiglu_clamped", "swiglu_linear",
+               "silu", "gelu", "gelu_exact", "relu", "relu_squared")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A pre-norm decoder. Field comments: ``configs/base.py``."""
+
+    num_layers: int = 4
+    d_model: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    d_ff: int = 512
+    activation: str = "swiglu"
+    attention: str = "auto"
+    scaled_attention: bool = True
+    tie_embedding: bool = False
+    vocab_size: int = 0
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    init_scale: float = 1.0
+    embedding_init: float = 1.0
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_layers: bool = True
+
+    def __post_init__(self):
+        at_least("model", self, 1, "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
+        at_least("model", self, 0, "vocab_size")
+        choice("model", self, "activation", ACTIVATIONS)
+        choice("model", self, "dtype", ("float32", "bfloat16"))
+        choice("model", self, "attention", ("auto", "plain", "splash"))
+        choice("model", self, "remat", ("none", "block", "dots"))
+        require(self.num_heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads,
+                 f"must divide model.num_heads={self.num_heads} (grouped-query attention); "
+                 f"nearest legal values: {nearest_divisors(self.num_kv_heads, self.num_heads)}.")
+        require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim,
+                 f"must be even (rotary embedding pairs dimensions); nearest legal values: "
+                 f"{nearest_multiples(self.head_dim, 2)}.")
+        for field in ("norm_epsilon", "init_scale", "embedding_init", "rope_theta"):
+            require(getattr(self, field) > 0, f"model.{field}", getattr(self, field), "must be above 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text and how it becomes batches."""
+
+    source: str = "standard_library"
+    vocabulary: str = "bytes"
+    domain_weights: str = ""
+    sequence_length: int = 256
+    batch_size: int = 16
+    validation_fraction: float = 0.05
+    max_bytes: int = 0
+    cache_dir: str = ""
+    seed: int = 0
+    streaming: bool = False
+    text_field: str = "text"
+
+    def __post_init__(self):
+        at_least("data", self, 1, "batch_size")
+        at_least("data", self, 2, "sequence_length")
+        at_least("data", self, 0, "max_bytes", "seed")
+        require(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
+                 "must lie between 0 and 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices lie on each mesh axis. 0 = automatic, for ``data`` and ``expert`` only."""
+
+    data: int = 0
+    fsdp: int = 1
+    expert: int = 0
+    tensor: int = 1
+    expert_limit: int = 4
+    expert_nodes: int = 1
+    slice_axis: str = "data"
+
+    def __post_init__(self):
+        at_least("mesh", self, 0, "data", "expert", "expert_limit")
+        at_least("mesh", self, 1, "fsdp", "tensor", "expert_nodes")
+        choice("mesh", self, "slice_axis", ("data", "fsdp", "expert", "tensor"))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optax chain: clip, rule, schedule."""
+
+    name: str = "adamw"
+    learning_rate: float = 3e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 50
+    decay_steps: int = 0
+    final_fraction: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    momentum: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        choice("optimizer", self, "name", ("adamw", "adafactor", "sgd"))
+        choice("optimizer", self, "schedule", ("constant", "cosine", "rsqrt", "wsd"))
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0.")
+        at_least("optimizer", self, 0, "warmup_steps", "decay_steps", "weight_decay", "clip_norm", "momentum")
+        for field in ("beta1", "beta2", "final_fraction"):
+            value = getattr(self, field)
+            require(0 <= value <= 1, f"optimizer.{field}", value, "must lie between 0 and 1.")
+        require(self.name == "sgd" or self.momentum == 0, "optimizer.momentum", self.momentum,
+                 f"is used by sgd only, not by {self.name!r}; set it to 0.")
+        require(self.schedule == "wsd" or self.decay_steps == 0, "optimizer.decay_steps", self.decay_steps,
+                 f"is used by schedule='wsd' only, not by {self.schedule!r}; set it to 0.")
+        require(self.schedule != "wsd" or self.decay_steps > 0, "optimizer.decay_steps", self.decay_steps,
+                 "schedule='wsd' (warm-up, stable, decay) needs the length of its decay: at least 1.")
+        require(self.schedule != "rsqrt" or self.warmup_steps > 0, "optimizer.warmup_steps", self.warmup_steps,
+                 "schedule='rsqrt' is 1/sqrt(max(step, warmup_steps)) and needs at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The loop around the step."""
+
+    num_steps: int = 300
+    microbatches: int = 1
+    output_z_weight: float = 1e-4
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 20
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 3
+    nonfinite: str = "stop"
+    max_skipped_steps: int = 10
+    tensorboard: bool = True
+    wandb: bool = False
+    profile_start: int = 0
+    profile_steps: int = 0
+    sample_prompts: str = "def |import |The "
+    sample_length: int = 128
+    seed: int = 0
+
+    def __post_init__(self):
+        at_least("training", self, 1, "num_steps", "microbatches", "log_every", "eval_every", "eval_batches",
+                  "checkpoint_every", "keep_checkpoints")
+        at_least("training", self, 0, "output_z_weight", "sample_length", "max_skipped_steps", "seed",
+                  "profile_start", "profile_steps")
+        require(self.seed < 2**32, "training.seed", self.seed, "must be below 2**32.")
+        choice("training", self, "nonfinite", ("stop", "skip"))
+        for field in ("ema_decay", "label_smoothing"):
+            value = getattr(self, field)
+            require(0 <= value < 1, f"training.{field}", value, "must be at least 0 and below 1.")
