@@ -26,11 +26,11 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -
     figure = Figure(figsize=(WIDTH, height), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
-        _style(axis)
+        style_axis(axis)
     return figure, axes
 
 
-def _style(axis: Any) -> None:
+def style_axis(axis: Any) -> None:
     axis.tick_params(labelcolor=INK, labelsize=9, length=3, color=MUTED)
     axis.xaxis.label.set_color(INK)
     axis.yaxis.label.set_color(INK)
@@ -47,20 +47,20 @@ def plain(text: Any) -> str:
     return str(text).replace("$", r"\$")
 
 
-def _title(axis: Any, text: str) -> None:
+def panel_title(axis: Any, text: str) -> None:
     axis.set_title(plain(text), fontsize=10, color=INK, loc="left", pad=6)
 
 
-def _legend(axis: Any, **options: Any) -> None:
+def legend(axis: Any, **options: Any) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8.5, frameon=False, labelcolor=INK, **options)
 
 
-def _reference(axis: Any, value: float, label: str, colour: str = MUTED, style: Any = (0, (5, 3))) -> None:
+def reference_line(axis: Any, value: float, label: str, colour: str = MUTED, style: Any = (0, (5, 3))) -> None:
     axis.axhline(value, color=colour, linestyle=style, linewidth=1.3, label=plain(label), zorder=2)
 
 
-def _layer_lines(layers: Sequence[int]) -> list[dict[str, Any]]:
+def layer_lines(layers: Sequence[int]) -> list[dict[str, Any]]:
     """Line style of each layer, dark to light with depth; at most about six of many layers get into the legend."""
     from matplotlib import colormaps
 
@@ -132,7 +132,7 @@ def losses(
     if len(evaluation[0]):
         axis.plot(*evaluation, color=EVALUATION, marker="o", markersize=4.5, linewidth=1.6, label="validation")
     for name, value in baselines.items():
-        _reference(axis, value, f"{name} {value:.2f}", BASELINES.get(name, MUTED))
+        reference_line(axis, value, f"{name} {value:.2f}", BASELINES.get(name, MUTED))
     axis.set(xlabel="step", ylabel="cross-entropy (nats per token)")
     values = [y for _, ys in (train, evaluation) for y in ys if np.isfinite(y)]
     shown = [*values, *baselines.values()]
@@ -140,18 +140,18 @@ def losses(
         low, high = min(shown), max([np.percentile(values, 99.5) if values else 0.0, *baselines.values()])
         margin = 0.06 * (high - low) + 1e-3
         axis.set_ylim(low - margin, high + margin)  # the first steps must not squeeze the rest
-    _legend(axis, loc="upper right", ncols=2)
+    legend(axis, loc="upper right", ncols=2)
     if extra:
         panel = axes[1, 0].get_subplotspec().subgridspec(1, len(extra))
         axes[1, 0].remove()
         for index, (name, (steps, ys, reference)) in enumerate(extra.items()):
             small = figure.add_subplot(panel[0, index])
-            _style(small)
+            style_axis(small)
             small.margins(y=0.12)
             small.plot(steps, ys, color=ACCENT, linewidth=1.4)
             if reference is not None:
-                _reference(small, reference, f"balanced {reference:g}")
-                _legend(small, loc="upper right")
+                reference_line(small, reference, f"balanced {reference:g}")
+                legend(small, loc="upper right")
             small.set(xlabel="step", ylabel=name)
     return figure
 
@@ -175,7 +175,7 @@ def load_over_training(steps: np.ndarray, load_NLE: np.ndarray, layers: Sequence
             continue
         axis.grid(False)
         image = axis.pcolormesh(edges, np.arange(experts + 1) - 0.5, load_NLE[:, index].T, rasterized=True, **colours)
-        _title(axis, f"layer {layers[index]}")
+        panel_title(axis, f"layer {layers[index]}")
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_ylim(experts - 0.5, -0.5)
         if index % columns == 0:
@@ -197,19 +197,19 @@ def balance_over_training(
     """Left: load of the busiest expert per layer; right: dropped choices per layer in percent. Both [N, L]."""
     figure, axes = new_figure(3.5, 1, 2)
     left, right = axes[0]
-    for index, line in enumerate(_layer_lines(layers)):
+    for index, line in enumerate(layer_lines(layers)):
         left.plot(steps, smooth(load_max_NL[:, index]), **line)
         right.plot(steps, 100 * smooth(drop_NL[:, index]), **line)
-    _reference(left, 1.0, "fair share 1.0")
+    reference_line(left, 1.0, "fair share 1.0")
     if capacity_factor:
-        _reference(left, capacity_factor, f"room {capacity_factor:g}", EVALUATION, (0, (1, 1.5)))
+        reference_line(left, capacity_factor, f"room {capacity_factor:g}", EVALUATION, (0, (1, 1.5)))
     left.set(xlabel="step", ylabel="busiest expert's load (1.0 = fair)")
     mean = float(np.nanmean(drop_NL)) if np.isfinite(drop_NL).any() else 0.0
-    _reference(right, 100 * mean, f"mean {100 * mean:.2g} %")
+    reference_line(right, 100 * mean, f"mean {100 * mean:.2g} %")
     right.set(xlabel="step", ylabel="dropped choices (%)")
     right.set_ylim(bottom=0)
     for axis in (left, right):
-        _legend(axis, loc="upper right")
+        legend(axis, loc="upper right")
     return figure
 
 
@@ -230,14 +230,14 @@ def drops_by_position(rate_LS: np.ndarray, choices_S: np.ndarray, layers: Sequen
     figure, axes = new_figure(3.5)
     axis = axes[0, 0]
     positions, rate_LB = binned(rate_LS, choices_S)
-    for index, line in enumerate(_layer_lines(layers)):
+    for index, line in enumerate(layer_lines(layers)):
         axis.plot(positions, 100 * rate_LB[index], **line)
     total = np.asarray(choices_S, np.float64).sum() * len(rate_LS)
     mean = float((np.nan_to_num(rate_LS) * choices_S).sum() / total) if total else 0.0
-    _reference(axis, 100 * mean, f"mean {100 * mean:.2g} %")
+    reference_line(axis, 100 * mean, f"mean {100 * mean:.2g} %")
     axis.set(xlabel="position in the sequence (tokens)", ylabel="dropped choices (%)", xlim=(0, rate_LS.shape[1] - 1))
     axis.set_ylim(bottom=0)
-    _legend(axis, loc="upper left", ncols=3)
+    legend(axis, loc="upper left", ncols=3)
     return figure
 
 
@@ -245,13 +245,13 @@ def entropy_over_training(steps: np.ndarray, entropy_NL: np.ndarray, layers: Seq
     """Mean entropy of the router's distribution per layer in nats, under its largest possible value ln E."""
     figure, axes = new_figure(3.5)
     axis = axes[0, 0]
-    for index, line in enumerate(_layer_lines(layers)):
+    for index, line in enumerate(layer_lines(layers)):
         axis.plot(steps, smooth(entropy_NL[:, index]), **line)
     if experts:
-        _reference(axis, math.log(experts), f"ln {experts} = {math.log(experts):.2f}: undecided")
+        reference_line(axis, math.log(experts), f"ln {experts} = {math.log(experts):.2f}: undecided")
     axis.set(xlabel="step", ylabel="router entropy (nats)")
     axis.set_ylim(bottom=0, top=1.12 * math.log(experts) if experts and experts > 1 else None)
-    _legend(axis, loc="lower left", ncols=3)
+    legend(axis, loc="lower left", ncols=3)
     return figure
 
 
@@ -287,7 +287,7 @@ def domains_by_expert(share_PLE: np.ndarray, domains: Sequence[str], layers: Seq
                     fontsize=7.5,
                     color="white" if strong else INK,
                 )
-        _title(axis, f"layer {layers[index]}")
+        panel_title(axis, f"layer {layers[index]}")
         axis.set_yticks(range(len(domains)), [plain(domain) for domain in domains])
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelbottom=True)
@@ -314,9 +314,9 @@ def device_loads(before_LX: np.ndarray | None, after_LX: np.ndarray, layers: Seq
             load_X = load_LX[row]
             axis.axhline(load_X.max(), color=EVALUATION, linewidth=1.3)
         axis.bar(np.arange(len(load_X)), load_X, color=TRAIN, width=0.8)
-        _reference(axis, 1.0, "mean")
+        reference_line(axis, 1.0, "mean")
         largest = "" if load_LX is None else f": largest / mean {load_X.max():.2f}"
-        _title(axis, f"layer {layers[row]}, {name}{largest}")
+        panel_title(axis, f"layer {layers[row]}, {name}{largest}")
         axis.xaxis.get_major_locator().set_params(integer=True)
         if row == len(layers) - 1:
             axis.set_xlabel("device")
@@ -331,9 +331,9 @@ def throughput(steps: np.ndarray, tokens_per_second: np.ndarray) -> Any:
     axis = axes[0, 0]
     axis.plot(steps, tokens_per_second, color=TRAIN, linewidth=1.5)
     median = float(np.nanmedian(tokens_per_second))
-    _reference(axis, median, f"median {median:,.0f}")
+    reference_line(axis, median, f"median {median:,.0f}")
     axis.set(xlabel="step", ylabel="tokens per second")
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set_ylim(bottom=0)
-    _legend(axis, loc="lower right")
+    legend(axis, loc="lower right")
     return figure
