@@ -16,7 +16,7 @@ import pathlib
 import sys
 import tempfile
 
-from moe_jax import cli, environment
+from moe_jax import environment
 
 BASELINES = ("none", "running", "learned")
 
@@ -29,11 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.steps < 0 or arguments.samples < 2:
         _parser().error(f"--steps={arguments.steps}, --samples={arguments.samples}: at least 0 and 2")
     environment.prepare_process(1)
-    from moe_jax.config import ConfigError
+    from moe_jax.config import ConfigError, load_config
     from moe_jax.data.documents import CorpusError
 
     try:
-        config = cli.load_config(arguments.config, ["--config.moe.router=reinforce", "--config.moe.experts_per_token=1",
+        config = load_config(arguments.config, ["--config.moe.router=reinforce", "--config.moe.experts_per_token=1",
                                                     *overrides])
         for line in measure(config, arguments.steps, arguments.samples):
             print(json.dumps(line), flush=True)

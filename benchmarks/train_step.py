@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 
-from moe_jax import cli, environment
+from moe_jax import environment
 
 WARM_UP_STEPS = 3
 STEPS = 20  # of each model; a median of fewer is not worth quoting
@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> int:
             _print(line)
         return 0
     environment.prepare_process(arguments.devices)  # what `moe-jax train` does before JAX starts
-    from moe_jax.config import ConfigError
+    from moe_jax.config import ConfigError, load_config
     from moe_jax.data.documents import CorpusError
 
     try:
-        config = cli.load_config(arguments.config, overrides)
+        config = load_config(arguments.config, overrides)
         if not config.moe_layers:
             raise ConfigError("moe.num_experts=0: a dense model has no dense twin.")
         for line in measure_steps(config, arguments.steps):

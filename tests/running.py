@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from moe_jax import cli
+from moe_jax.config import load_config
 from moe_jax.sharding import make_mesh, resolve_mesh
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.metrics import read_metrics
@@ -61,7 +62,7 @@ def overrides(corpus, **settings) -> list[str]:
 
 def config_of(corpus, **settings):
     path, *rest = overrides(corpus, **settings)
-    return cli.load_config(path.removeprefix("--config="), rest)
+    return load_config(path.removeprefix("--config="), rest)
 
 
 # In this process.

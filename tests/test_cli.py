@@ -155,7 +155,7 @@ def test_the_installed_command_finds_what_a_config_imports_from_its_folder(tmp_p
             "import importlib.util, pathlib\n"
             "spec = importlib.util.spec_from_file_location('moe_jax', %r, submodule_search_locations=[%r])\n"
             "sys.modules['moe_jax'] = importlib.util.module_from_spec(spec); spec.loader.exec_module(sys.modules['moe_jax'])\n"
-            "from moe_jax.cli import load_config\n"
+            "from moe_jax.config import load_config\n"
             "print(load_config(%r, []).moe.num_experts)")
     package = REPOSITORY / "moe_jax"
     code %= (str(REPOSITORY), str(tmp_path), str(package / "__init__.py"), str(package),

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from configs.base import get_config
-from moe_jax.cli import load_config
 from moe_jax.config import (
     SECTIONS,
     Config,
@@ -22,6 +21,7 @@ from moe_jax.config import (
     TrainingConfig,
     differences,
     known_keys,
+    load_config,
     nearest_divisors,
     nearest_multiples,
     resolve,

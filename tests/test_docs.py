@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import expert_parallel, moe_layer, policy_variance, train_step as train_step_benchmark
 from moe_jax import cli, routing
-from moe_jax.config import SECTIONS, ConfigError, known_keys
+from moe_jax.config import SECTIONS, ConfigError, known_keys, load_config
 from moe_jax.data.batches import empty_batch
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.routing import ROUTERS
@@ -117,7 +117,7 @@ SMALL = {"model.num_layers": 2, "model.d_model": 16, "model.num_heads": 2, "mode
 def config_of(command: list[str], **more):
     arguments, overrides = cli._parser().parse_known_args(command)
     small = [f"--config.{key}={value}" for key, value in {**SMALL, **more}.items()]
-    return cli.load_config(str(ROOT / arguments.config), overrides + small)
+    return load_config(str(ROOT / arguments.config), overrides + small)
 
 
 def test_the_command_of_the_recipe_trains(recipe):
@@ -166,7 +166,7 @@ def test_errors_are_quoted_word_for_word(path):
     for command, message in ERROR.findall(path.read_text(encoding="utf-8")):
         arguments, overrides = cli._parser().parse_known_args(shlex.split(command)[1:])
         with pytest.raises(ConfigError) as error:
-            cli.load_config(str(ROOT / arguments.config), overrides)
+            load_config(str(ROOT / arguments.config), overrides)
         assert str(error.value) == message
 
 
@@ -176,7 +176,7 @@ def test_values_of_settings_are_allowed(path):
     text = " ".join(code(path))
     for key, value in set(re.findall(r"((?:moe|optimizer|training)\.\w+)=(-?[\w.]+)", text)):
         try:
-            cli.load_config(str(ROOT / "configs/base.py"), [f"--config.{key}={value}"])
+            load_config(str(ROOT / "configs/base.py"), [f"--config.{key}={value}"])
         except ConfigError as error:
             # Some are allowed only together with another setting; x stands for a number.
             wrong = re.search(r"allowed are|must be of type|no such setting", str(error))
@@ -250,7 +250,7 @@ def rows_of_the_table(title: str) -> list[str]:
 def test_the_settings_of_each_router_go_together(row):
     settings = dict(re.findall(r"`moe\.(\w+)=([^`]+)`", row))
     assert settings
-    cli.load_config(str(ROOT / "configs/base.py"), [f"--config.moe.{name}={value}" for name, value in {
+    load_config(str(ROOT / "configs/base.py"), [f"--config.moe.{name}={value}" for name, value in {
         "num_experts": "64", "allow_noncausal_routing": "True", **settings}.items()])
 
 

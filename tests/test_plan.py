@@ -18,8 +18,7 @@ import time
 import pytest
 from running import REPOSITORY, moe_jax
 
-from moe_jax import cli
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, load_config
 from moe_jax.planning import command, plan as plan_module, plan_cache
 from moe_jax.planning.compiled import CompiledStep, OutOfMemory
 from moe_jax.planning.formulas import estimate
@@ -48,7 +47,7 @@ WORDS = (f"--config={REPOSITORY / 'configs' / 'base.py'}", *(f"--config.{key}={v
 def tiny(**settings):
     path, *rest = WORDS
     rest += [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
-    return cli.load_config(path.removeprefix("--config="), rest)
+    return load_config(path.removeprefix("--config="), rest)
 
 
 def by_hand(slice_="v5p-128", peak=15.2, **fields) -> Plan:

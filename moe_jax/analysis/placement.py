@@ -11,6 +11,7 @@ import numpy as np
 from moe_jax.analysis.report_figures import device_loads
 from moe_jax.config import Config, differences, resolve
 from moe_jax.dispatch.placement import Placement, imbalance, in_order, per_device_sums, place, renumber
+from moe_jax.errors import UserError
 from moe_jax.training.metrics import read_metrics
 from moe_jax.training.rearrange import check_placeable, read_order
 from moe_jax.training.run import read_config, write_json
@@ -20,7 +21,7 @@ FORMAT = 1
 _LINES = 10
 
 
-class PlacementError(ValueError):
+class PlacementError(UserError, ValueError):
     """Loads or a placement that cannot be used; the message is one line for people."""
 
 

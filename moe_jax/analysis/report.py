@@ -33,6 +33,7 @@ from moe_jax.analysis.run_directory import (
     series,
     training_layers,
 )
+from moe_jax.errors import UserError
 
 # What a perfectly balanced router scores under each balance loss (routing/balance.py), for the reference line.
 BALANCED = {
@@ -43,7 +44,7 @@ BALANCED = {
 }
 
 
-class ReportError(ValueError):
+class ReportError(UserError, ValueError):
     """The report cannot be written; the message is one line for people."""
 
 

@@ -7,6 +7,7 @@ constraint and the nearest legal values.
 """
 
 from moe_jax.config.checks import ConfigError, nearest_divisors, nearest_multiples
+from moe_jax.config.files import load_config, parse_override
 from moe_jax.config.moe import MoEConfig
 from moe_jax.config.reading import SECTIONS, differences, known_keys, resolve, unknown_key
 from moe_jax.config.run import Config
@@ -14,5 +15,5 @@ from moe_jax.config.sections import (
     ACTIVATIONS, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig)
 
 __all__ = ["ACTIVATIONS", "SECTIONS", "Config", "ConfigError", "DataConfig", "MeshConfig", "MoEConfig", "ModelConfig",
-           "OptimizerConfig", "TrainingConfig", "differences", "known_keys", "nearest_divisors", "nearest_multiples",
-           "resolve", "unknown_key"]
+           "OptimizerConfig", "TrainingConfig", "differences", "known_keys", "load_config", "nearest_divisors",
+           "nearest_multiples", "parse_override", "resolve", "unknown_key"]

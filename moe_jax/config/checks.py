@@ -3,8 +3,10 @@
 import difflib
 from typing import Any
 
+from moe_jax.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """A setting that cannot work; the message is one line for the person who wrote it."""
 
 

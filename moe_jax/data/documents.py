@@ -10,13 +10,15 @@ import heapq
 import logging
 from collections.abc import Callable, Iterable, Iterator
 
+from moe_jax.errors import UserError
+
 log = logging.getLogger(__name__)
 
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
 
 
-class CorpusError(ValueError):
+class CorpusError(UserError, ValueError):
     """What the user asked to read cannot be read; the message says what to do about it."""
 
 

@@ -14,10 +14,11 @@ import re
 import sys
 
 from moe_jax.config import ConfigError
+from moe_jax.errors import UserError
 from moe_jax.training.metrics import peak_flops_per_device
 
 
-class PlanError(RuntimeError):
+class PlanError(UserError, RuntimeError):
     """A plan that cannot be made; the message is one line for people."""
 
 

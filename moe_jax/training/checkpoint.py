@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Sequence
 
 import jax
 
+from moe_jax.errors import UserError
 from moe_jax.training import processes
 from moe_jax.training.manifest import FORMAT, reason_of, verify, write_manifest
 from moe_jax.training.named_arrays import describe, flatten, nest, orbax, parts, read_arrays, to_arrays
@@ -37,7 +38,7 @@ _DIFFERENCES_SHOWN = 10
 _log = logging.getLogger("moe_jax")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written, read or trusted; the message is one line for the person at the terminal."""
 
 

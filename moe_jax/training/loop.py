@@ -16,6 +16,7 @@ import numpy as np
 from moe_jax.config import Config
 from moe_jax.data.baselines import ngram_losses
 from moe_jax.data.batches import Prefetcher
+from moe_jax.errors import UserError
 from moe_jax.nn.moe import WITHOUT_DROPS, RoutingMode
 from moe_jax.routing import has_fixed_choices
 from moe_jax.training import processes
@@ -32,7 +33,7 @@ from moe_jax.training.step import check_trainable, jitted_train_step
 log = logging.getLogger("moe_jax")
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """Loss or gradient was not finite; the message says at which step and where the batch is recorded."""
 
 

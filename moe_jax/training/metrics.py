@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.errors import UserError
 from moe_jax.training.tensorboard import EventFile
 
 DEAD_EXPERT_LOAD = 0.01  # an expert with less than 1 % of the fair share
 
 
-class MetricsError(RuntimeError):
+class MetricsError(UserError, RuntimeError):
     """Metrics could not be written or a writer is not installed; the message is one line for people."""
 
 

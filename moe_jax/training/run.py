@@ -22,6 +22,7 @@ except ImportError:  # Windows
 
 from moe_jax.config import Config, ConfigError, differences
 from moe_jax.data.batches import Data, join_rows, open_data
+from moe_jax.errors import UserError
 from moe_jax.nn.moe import dispatcher_of
 from moe_jax.sharding import local_rows, make_mesh, resolve_mesh
 from moe_jax.training import processes
@@ -32,7 +33,7 @@ from moe_jax.training.state import TrainState, abstract_state, table_size
 log = logging.getLogger("moe_jax")
 
 
-class RunError(RuntimeError):
+class RunError(UserError, RuntimeError):
     """A run directory that cannot be used; the message is one line for people."""
 
 
