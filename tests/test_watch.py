@@ -187,3 +187,11 @@ def test_the_witness_tells_where_a_process_was_that_ended_without_a_word_and_kee
     orphaned = last_words("step 2", coordinator="127.0.0.1:9")  # nobody listens there
     assert "at step 2: process 0, which coordinates the run at 127.0.0.1:9, is gone" in orphaned
     assert len(orphaned.splitlines()) == 1
+
+
+def test_the_witness_is_told_of_every_place_when_it_is_reached_and_not_at_the_next_sign_of_life():
+    told = []
+    watch = Watch(Store(), 0, ["process 0 of 1"], 100.0, pytest.fail, told.append)
+    for place in ("step 1", "step 2"):
+        watch.at(place)
+    assert told == ["step 1", "step 2"]

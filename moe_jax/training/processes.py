@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from moe_jax.errors import UserError
 from moe_jax.training import witness
 from moe_jax.training.watch import Watch
 
@@ -40,7 +41,7 @@ SHARED_WITHIN = 15.0  # until one host sees what another wrote to a network file
 _SHUTDOWN = 30.0
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError, RuntimeError):
     """The processes of a run differ, or one of them is missing; the message is one line for people."""
 
 
@@ -175,16 +176,17 @@ def _join() -> _Cluster:
     cluster.names[:] = [names[str(i)] for i in range(count)]
     cluster.witness = subprocess.Popen(
         [sys.executable, "-I", witness.__file__, own, service.coordinator if index else ""], stdin=subprocess.PIPE,
-        text=True, start_new_session=True)
+        start_new_session=True)
+    os.set_blocking(cluster.witness.stdin.fileno(), False)
     cluster.watch.tell = _tell_witness
     cluster.watch.start()
     return cluster
 
 
 def _tell_witness(line: str) -> None:
+    """One write, so that lines of several threads do not mix, and none that waits: a step must not, for a witness."""
     with contextlib.suppress(OSError, ValueError):
-        _cluster.witness.stdin.write(line.replace("\n", " ") + "\n")
-        _cluster.witness.stdin.flush()
+        os.write(_cluster.witness.stdin.fileno(), (line.replace("\n", " ") + "\n").encode())
 
 
 def _joined() -> _Cluster | None:

@@ -1,9 +1,9 @@
 """Watches over a run of several processes: who is alive, where each one is, and at which step all of them stop.
 
-The main thread says where it is (:meth:`Watch.at`: one assignment). Two threads do the rest. One exchanges signs of life
-through a store that all processes see (JAX's coordination service), and looks at the others' only while its own process
-has been at one place for a while: a healthy run costs a few small messages per minute. The other looks at the clock, so
-that a store that does not answer is noticed too.
+The main thread says where it is (:meth:`Watch.at`: an assignment, and a line to the witness). Two threads do the rest.
+One exchanges signs of life through a store that all processes see (JAX's coordination service), and looks at the
+others' only while its own process has been at one place for a while: a healthy run costs a few small messages per
+minute. The other looks at the clock, so that a store that does not answer is noticed too.
 """
 
 import dataclasses
@@ -90,6 +90,7 @@ class Watch:
     def at(self, name: str, seconds: float | None = None) -> None:
         """The main thread is now at ``name``; ``seconds`` that it may be there (default: the timeout)."""
         self._place = Place(name, self._clock(), self.timeout if seconds is None else seconds)
+        self.tell(name)
 
     def ask_to_stop(self, number: int) -> None:
         """Wants all processes to stop, for the signal ``number``. May be called from any thread."""
@@ -124,7 +125,6 @@ class Watch:
         """Gives a sign of life, takes part in an agreement to stop, and looks at the others where there is a reason."""
         place, now = self._place, self._clock()
         self._beat += 1
-        self.tell(place.name)
         self._store.put(f"alive/{self.index}", json.dumps([self._beat, place.name, round(now - place.since)]))
         self._stopping.exchange()
         if now - place.since >= QUIET * self.interval:
