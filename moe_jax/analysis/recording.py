@@ -1,23 +1,41 @@
 """Where every token went, once and compactly: what the analyses of ``catalogue.ANALYSES`` read.
 
 A :class:`RoutingRecord` is plain NumPy, so that routing from anywhere – another code base, a simulation – can be
-analysed: make one, :func:`write_record` it, and ``moe-jax analyze --record=FILE``. This project's checkpoints are
-recorded by :mod:`moe_jax.analysis.record_checkpoint`.
+analysed: make one, :func:`write_record` it, and ``moe-jax analyze --record=FILE``. Those of this project's models are
+made by :func:`record_routing`.
 
 T recorded tokens in reading order (row by row, padding left out), L MoE layers, K choices per token, E experts.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from moe_jax.training.run import write_arrays
+from moe_jax.config import Config
+from moe_jax.data.documents import fingerprint_of
+from moe_jax.data.vocabularies import EOS_ID, PAD_ID, UNKNOWN_ID, Vocabulary
+from moe_jax.errors import UserError
+from moe_jax.models.decoder import Decoder, left_neighbours, moe_layer_paths
+from moe_jax.nn.moe import WITHOUT_DROPS, GroupLayout, MoELayer, RoutingMode
+from moe_jax.routing import ROUTERS
+from moe_jax.routing.assignment import Routing
+from moe_jax.routing.replay import by_token
+from moe_jax.sharding import compiler_options, over_groups
+from moe_jax.training.evaluate import put_batch
+from moe_jax.training.run import Run, write_arrays
+from moe_jax.training.state import model_graph
+from moe_jax.training.step import Batch
 
 FORMAT = 1
 # On disk each in the smallest type that holds it; these in half precision, which is finer than any figure shows.
@@ -31,7 +49,7 @@ _REQUIRED = ("token_ids_T", "experts_LTK")
 _MOST_EXPERTS = 1 << 15  # int16
 
 
-class RecordError(ValueError):
+class RecordError(UserError, ValueError):
     """A record that is damaged or contradicts itself, or routing that cannot be recorded; one line for people."""
 
 
@@ -233,3 +251,165 @@ def _assembled(single: Any, arrays: dict[str, np.ndarray]) -> RoutingRecord:
               for name, values in arrays.items()}
     missing = {name: None for name in _REQUIRED if name not in arrays}
     return RoutingRecord(**single, **arrays, **missing)
+
+
+# Recording a model.
+
+
+def record_routing(run: Run, params: Any, bias_LE: jax.Array, step: int, batches: Iterable[dict[str, np.ndarray]],
+                   mode: RoutingMode, progress: Callable[[int], None] = lambda done: None) -> RoutingRecord:
+    """One evaluation pass that notes where every token goes.
+
+    Args:
+      run: whose config, vocabulary and data (names of domains) the record speaks of.
+      step: of the parameters.
+      batches: as ``run.validation_batches`` gives them; a further entry ``turn_ids`` becomes ``turns_T``.
+      mode: how to route; what it records is added.
+      progress: is called after each batch with the number of batches done.
+
+    Raises:
+      RecordError: the model is dense, there are several processes, or there is no token.
+    """
+    config = run.config
+    check_recordable(config)
+    mode = dataclasses.replace(mode, record=True, inspect=True)
+    record, parts = recording_function(config, run.vocab_size, mode), []
+    for number, batch in enumerate(batches):
+        host = dict(batch)
+        turn_BS = host.pop("turn_ids", None)
+        arrays = jax.device_get(record(params, put_batch(host, run.mesh, config.data.batch_size), bias_LE))
+        parts.append(_valid_tokens(arrays, host, turn_BS, number * config.data.batch_size))
+        progress(number + 1)
+    if not sum(len(part["token_ids_T"]) for part in parts):
+        raise RecordError(f"there is no token to record in {config.data.source!r}; give data with text in it")
+    joined = _joined(parts)
+    if not ROUTERS[mode.router or config.moe.router].learned:  # nothing is scored
+        joined.update(entropy_LT=None, confidence_LT=None, logit_norm_LT=None)
+    factor = None if mode.dispatch in WITHOUT_DROPS else mode.capacity_factor
+    return RoutingRecord(
+        step=step, layers=config.moe_layers, num_experts=config.moe.num_routed_experts, domains=tuple(run.data.domains),
+        dispatch=mode.dispatch, capacity_factor=factor, token_texts=token_texts(run.data.vocabulary),
+        config_hash=fingerprint_of(config.to_dict())[:12], data=config.data.source, **joined)
+
+
+def check_recordable(config: Config) -> None:
+    """Raises RecordError where there is no routing, or not all of it is here."""
+    if not config.moe_layers:
+        raise RecordError("The model is dense: it has no router, so there is no routing to analyse. Give a run with "
+                          "moe.num_experts above 0")
+    if jax.process_count() > 1:
+        raise RecordError(f"Routing is recorded by one process, not by {jax.process_count()}: each has only its rows. Run this "
+                          f"command alone, on one host that the model fits on")
+
+
+@functools.lru_cache(maxsize=16)
+def recording_function(config: Config, vocab_size: int, mode: RoutingMode) -> Callable[..., dict[str, jax.Array]]:
+    """:func:`recorded_arrays` compiled, of (params, batch, bias_LE)."""
+    return jax.jit(functools.partial(recorded_arrays, config=config, vocab_size=vocab_size, mode=mode),
+                   compiler_options=compiler_options())
+
+
+def recorded_arrays(params: Any, batch: Batch, bias_LE: jax.Array, config: Config, vocab_size: int,
+                    mode: RoutingMode) -> dict[str, jax.Array]:
+    """What a record holds of one batch, ``[B, S]``, ``[L, B, S]`` and ``[L, B, S, K]``, padding included.
+
+    K is E for routers that give tokens any number of experts.
+    """
+    model = nnx.merge(model_graph(config, vocab_size), params)
+    ids_BS, positions_BS, valid_BS = batch["input_ids"], batch["positions"], batch["valid"]
+    output = model(ids_BS, positions_BS, batch["segment_ids"], valid_BS, mode, bias_LE)
+    statistics, layout = output.statistics, GroupLayout(*ids_BS.shape, config)
+    valid_GT = layout.split(valid_BS)
+    layer_of = lambda tree, layer: jax.tree.map(lambda leaf: leaf[layer], tree)
+    modules, previous_BS = _moe_layers(model, config), left_neighbours(ids_BS, positions_BS)
+    chosen, ahead = [], []
+    for layer in range(len(modules)):
+        view, kept_GN = layer_of((statistics.view, statistics.kept_GN), layer)
+        chosen.append(_by_token(layer_of(statistics.routing_G, layer), kept_GN, valid_GT, layout, config))
+        if layer + 1 < len(modules):
+            routing_G = modules[layer + 1].choices(view.input_BSD, valid_BS, mode, bias_LE[layer + 1], ids_BS, positions_BS,
+                                                   previous_BS)
+            all_GN = jnp.ones_like(routing_G.expert_N, bool)
+            ahead.append(_by_token(routing_G, all_GN, valid_GT, layout, config)[0])
+    experts_LBSK, gates_LBSK, kept_LBSK = (jnp.stack(leaves) for leaves in zip(*chosen))
+    ahead.append(jnp.full_like(chosen[-1][0], -1))
+    view = {"entropy_LT": statistics.view.entropy_BS, "confidence_LT": statistics.view.confidence_BS,
+            "logit_norm_LT": statistics.view.logit_norm_BS}
+    return {"experts_LTK": experts_LBSK, "gates_LTK": gates_LBSK, "kept_LTK": kept_LBSK, "next_experts_LTK": jnp.stack(ahead),
+            "predicted_ids_T": jnp.argmax(output.logits_BSV, axis=-1).astype(jnp.int32),
+            **{name: values for name, values in view.items() if values is not None}}
+
+
+def _moe_layers(model: Decoder, config: Config) -> list[MoELayer]:
+    """The MoE layers in order; those of the repeating block are taken out of its stack."""
+    layers: dict[int, MoELayer] = {}
+    for path, numbers in moe_layer_paths(config).items():
+        module = model
+        for name in path.split("/"):
+            module = module[int(name)] if name.isdigit() else getattr(module, name)
+        graph, state = nnx.split(module)
+        for place, number in enumerate(numbers):
+            one = jax.tree.map(lambda leaf, place=place: leaf[place], state) if path.startswith("body/") else state
+            layers[number] = nnx.merge(graph, one)
+    return [layers[number] for number in sorted(layers)]
+
+
+def _by_token(routing_G: Routing, kept_GN: jax.Array, valid_GT: jax.Array, layout: GroupLayout,
+              config: Config) -> list[jax.Array]:
+    """(experts int16, gates, kept), each ``[B, S, K]``; nowhere is -1, with a gate of 0 and not kept."""
+    num_experts = config.moe.num_routed_experts
+
+    def group(routing, kept_N, valid_T):
+        if routing.choices_per_token is None:
+            return _any_number(routing, kept_N, num_experts, len(valid_T))
+        expert_TK = by_token(routing, routing.expert_N)
+        chosen_TK = expert_TK < num_experts
+        return (jnp.where(chosen_TK, expert_TK, -1).astype(jnp.int16),
+                jnp.where(chosen_TK, by_token(routing, routing.gate_N), 0.0), chosen_TK & by_token(routing, kept_N))
+
+    return [layout.join(leaf) for leaf in over_groups(group, routing_G, kept_GN, valid_GT)]
+
+
+def _any_number(routing, kept_N, num_experts, tokens):
+    """The same of a list in which a token stands any number of times: ``[T, E]``, by falling gate."""
+    where = routing.token_N, routing.expert_N  # beyond E: nowhere, dropped
+    chosen_TE = jnp.zeros((tokens, num_experts), bool).at[where].set(True, mode="drop")
+    gate_TE = jnp.zeros((tokens, num_experts), jnp.float32).at[where].set(routing.gate_N, mode="drop")
+    kept_TE = jnp.zeros((tokens, num_experts), bool).at[where].set(kept_N, mode="drop")
+    _, expert_TK = jax.lax.top_k(jnp.where(chosen_TE, gate_TE, -jnp.inf), num_experts)
+    chosen_TK, gate_TK, kept_TK = (jnp.take_along_axis(x, expert_TK, axis=1) for x in (chosen_TE, gate_TE, kept_TE))
+    return jnp.where(chosen_TK, expert_TK, -1).astype(jnp.int16), gate_TK, kept_TK
+
+
+def _valid_tokens(arrays: dict[str, np.ndarray], batch: dict[str, np.ndarray], turn_BS: np.ndarray | None,
+                  first_row: int) -> dict[str, np.ndarray]:
+    """The arrays of one batch without padding, T in the place of B and S."""
+    valid_BS = batch["valid"]
+    rows, places = np.nonzero(valid_BS)
+    found = {name: values[:, valid_BS] if _by_layer(name) else values[valid_BS] for name, values in arrays.items()}
+    names = {"token_ids_T": "input_ids", "target_ids_T": "target_ids", "positions_T": "positions",
+             "documents_T": "document_ids", "domains_T": "domain_ids"}
+    found |= {name: batch[key][valid_BS] for name, key in names.items()}
+    found |= {"rows_T": (rows + first_row).astype(np.int32), "row_positions_T": places.astype(np.int32)}
+    return found if turn_BS is None else {**found, "turns_T": turn_BS[valid_BS]}
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    joined = {name: np.concatenate([part[name] for part in parts], axis=1 if _by_layer(name) else 0) for name in parts[0]}
+    for experts, others in (("experts_LTK", ("gates_LTK", "kept_LTK")), ("next_experts_LTK", ())):
+        # Where experts choose, a token has any number of them, best first: as many columns as the most has.
+        used = max(1, int((joined[experts] >= 0).sum(axis=-1).max()))
+        for name in (experts, *others):
+            joined[name] = joined[name][..., :used]
+    return joined
+
+
+def _by_layer(name: str) -> bool:
+    return name.rsplit("_", 1)[1].startswith("L")
+
+
+def token_texts(vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The text of every id, for people: ids without text and single bytes of longer characters get a name in <>."""
+    names = {PAD_ID: "<start>", EOS_ID: "<end>", UNKNOWN_ID: "<unknown>"}
+    texts = (vocabulary.decode([number]) for number in range(vocabulary.vocab_size))
+    return tuple(names.get(number, text if text not in ("", "\ufffd") else f"<{number}>") for number, text in enumerate(texts))

@@ -92,6 +92,11 @@ def text_positions(input_ids_BS: jax.Array, valid_BS: jax.Array) -> jax.Array:
     return valid_BS | token_BS | next_BS | (jnp.arange(input_ids_BS.shape[1]) == 0)[None, :]
 
 
+def left_neighbours(input_ids_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
+    """The id before each token in its document, 0 for the first."""
+    return jnp.where(positions_BS == 0, 0, jnp.pad(input_ids_BS[:, :-1], ((0, 0), (1, 0))))
+
+
 class Block(nnx.Module):
     """One period of the layer pattern, e.g. dense, dense, dense, MoE: the body of the scan over layers."""
 
@@ -138,15 +143,21 @@ def config_pattern(config: Config) -> tuple[tuple[bool, ...], tuple[int, int, in
     return is_moe, layer_pattern(is_moe) if config.model.scan_layers else (0, len(is_moe), 1)
 
 
-def moe_layer_paths(config: Config) -> dict[str, tuple[int, ...]]:
-    """Where the parameters of MoE layers lie: ``'body/layers/1/moe'`` -> which of them, 0 … L − 1. Arrays below ``body``
+def layer_paths(config: Config) -> dict[str, tuple[int, ...]]:
+    """Where the parameters of layers lie: ``'body/layers/1'`` -> which layers, 0 … ``num_layers`` − 1. Arrays below ``body``
     are stacked over these; below ``first`` and ``last`` there is one of them, and no leading dimension."""
     is_moe, (prefix, period, repeats) = config_pattern(config)
-    number, end = {layer: n for n, layer in enumerate(config.moe_layers)}, prefix + period * repeats
-    return {**{f"first/{i}/layers/0/moe": (number[i],) for i in range(prefix) if is_moe[i]},
-            **{f"body/layers/{i}/moe": tuple(number[prefix + i + period * r] for r in range(repeats))
-               for i in range(period) if is_moe[prefix + i]},
-            **{f"last/{i - end}/layers/0/moe": (number[i],) for i in range(end, len(is_moe)) if is_moe[i]}}
+    end = prefix + period * repeats
+    return {**{f"first/{i}/layers/0": (i,) for i in range(prefix)},
+            **{f"body/layers/{i}": tuple(prefix + i + period * r for r in range(repeats)) for i in range(period)},
+            **{f"last/{i - end}/layers/0": (i,) for i in range(end, len(is_moe))}}
+
+
+def moe_layer_paths(config: Config) -> dict[str, tuple[int, ...]]:
+    """The same of MoE layers: ``'body/layers/1/moe'`` -> which of them, 0 … L − 1."""
+    number = {layer: n for n, layer in enumerate(config.moe_layers)}
+    return {f"{where}/moe": tuple(number[layer] for layer in layers) for where, layers in layer_paths(config).items()
+            if layers[0] in number}
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(), data_fields=("logits_BSV", "statistics", "cache"))
@@ -199,8 +210,7 @@ class Decoder(nnx.Module):
         causal_ST = query_S[:, None] >= jnp.arange(key_segment_ids_BT.shape[1])[None, :]
         same_BST = segment_ids_BS[:, :, None] == key_segment_ids_BT[:, None, :]
         if previous_ids_BS is None:
-            previous_ids_BS = jnp.pad(input_ids_BS[:, :-1], ((0, 0), (1, 0)))
-            previous_ids_BS = jnp.where(positions_BS == 0, 0, previous_ids_BS)
+            previous_ids_BS = left_neighbours(input_ids_BS, positions_BS)
         # Where padding is routed or counted, what attention makes of it matters, and there the mask says more.
         alone = (cache is None or isinstance(index, int) and index == 0) and config.moe.padding == "nowhere"
         inputs = Inputs(input_ids_BS, positions_BS, same_BST & causal_ST[None] & valid_BS[:, :, None], valid_BS,

@@ -26,7 +26,26 @@ from moe_jax.sharding import ACTIVATIONS, over_groups, per_device, spec
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(),
-                   data_fields=("router", "kept_GE", "routing_G", "kept_GN", "policy_BS", "copies_GP"))
+                   data_fields=("input_BSD", "entropy_BS", "confidence_BS", "logit_norm_BS"))
+@dataclasses.dataclass(frozen=True)
+class RouterView:
+    """What a router saw and made of it, token by token.
+
+    Attributes:
+      input_BSD: what enters the router (and the experts).
+      entropy_BS, confidence_BS: of its scores as shares of 1, as :class:`RouterStatistics` has them: entropy in nats and
+        the largest share. Of routers without parameters, of what stands in for scores.
+      logit_norm_BS: Euclidean norm of the logits; None of routers without parameters.
+    """
+
+    input_BSD: jax.Array
+    entropy_BS: jax.Array
+    confidence_BS: jax.Array
+    logit_norm_BS: jax.Array | None
+
+
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=(),
+                   data_fields=("router", "kept_GE", "routing_G", "kept_GN", "policy_BS", "copies_GP", "view"))
 @dataclasses.dataclass(frozen=True)
 class MoEStatistics:
     """What one layer reports beside its output; a scan over layers stacks it.
@@ -38,6 +57,7 @@ class MoEStatistics:
       routing_G, kept_GN: every assignment and whether it was computed; None unless asked for (``record``).
       policy_BS: per token, of a router that is a policy in training, else None.
       copies_GP: choices each copy of an expert really computed; None without ``moe.expert_copies``.
+      view: of the router, token by token; None unless asked for (``inspect``).
     """
 
     router: RouterStatistics
@@ -46,6 +66,7 @@ class MoEStatistics:
     kept_GN: jax.Array | None = None
     policy_BS: PolicyTerms | None = None
     copies_GP: jax.Array | None = None
+    view: RouterView | None = None
 
 
 # Dispatchers that compute every assignment.
@@ -62,6 +83,7 @@ class RoutingMode:
       record: also return every assignment.
       noise: route as in training: draw the router's noise (needs a key), balance where a router does so only there.
       router: a name in ``moe_jax.routing.ROUTERS`` instead of the config's; '' = the config's.
+      inspect: also return what each router saw and made of it (:class:`RouterView`).
     """
 
     dispatch: str
@@ -69,6 +91,7 @@ class RoutingMode:
     record: bool = False
     noise: bool = False
     router: str = ""
+    inspect: bool = False
 
     @classmethod
     def training(cls, config: Config, record: bool = False) -> "RoutingMode":
@@ -162,21 +185,10 @@ class MoELayer(nnx.Module):
           undropped_BS: tokens that ``moe.device_capacity_factor`` never drops; None: there are none.
         """
         moe, router = self.config.moe, ROUTERS[mode.router or self.config.moe.router]
-        if moe.padding == "routed":
-            valid_BS = jnp.ones_like(valid_BS)
         groups = GroupLayout(*valid_BS.shape, self.config)
-        x_GTD, valid_GT = groups.split(x_BSD), groups.split(valid_BS)
-        key_G = self._group_keys(x_GTD.shape[0], mode, key, router)
-        logits = self._logits(x_GTD, key_G, router)
-        bias_GE = jnp.broadcast_to(bias_E, (x_GTD.shape[0], moe.num_routed_experts), out_sharding=spec("GE", ACTIVATIONS))
-        token_ids_GT, positions_GT, previous_ids_GT, replay_GTK, noise_GTE, undropped_GT = (
-            None if ids is None else groups.split(ids)
-            for ids in (token_ids_BS, positions_BS, previous_ids_BS, replay_BSK, noise_BSE, undropped_BS))
-        inputs_G = RouterInputs(valid_T=valid_GT, bias_E=bias_GE, token_ids_T=token_ids_GT, positions_T=positions_GT,
-                                key=key_G if router.draws(moe) else None, previous_ids_T=previous_ids_GT,
-                                replay_expert_TK=replay_GTK, training=mode.noise, noise_TE=noise_GTE,
-                                per_token=moe.balance_scope in ("sequence", "document"),
-                                capacity_factor=mode.capacity_factor, **logits)
+        inputs_G = self._router_inputs(groups, x_BSD, valid_BS, mode, bias_E, key, token_ids_BS, positions_BS,
+                                       previous_ids_BS, replay_BSK, noise_BSE)
+        x_GTD, valid_GT = groups.split(x_BSD), inputs_G.valid_T
         # [G, ...] per device: routing sorts and counts inside one group, which lies on one device.
         routing_G = over_groups(lambda inputs: router.route(inputs, moe), inputs_G)
         policy_BS = self._policy(routing_G.policy, x_BSD, valid_BS, groups)
@@ -184,6 +196,7 @@ class MoELayer(nnx.Module):
         capacity = router.capacity(x_GTD.shape[1], moe, mode.capacity_factor)
         listed_G = dataclasses.replace(routing_G, statistics=None)
         if moe.device_capacity_factor and mode.noise:
+            undropped_GT = None if undropped_BS is None else groups.split(undropped_BS)
             listed_G = over_groups(functools.partial(within_device_budget, moe=moe), listed_G, valid_GT, undropped_GT)
         if moe.second_in_queue and mode.dispatch in WITHOUT_DROPS:  # no buffers, no queues
             listed_G = dataclasses.replace(listed_G, expert_N=jnp.minimum(listed_G.expert_N, moe.num_routed_experts))
@@ -194,15 +207,45 @@ class MoELayer(nnx.Module):
         if moe.num_shared_experts:
             y_BSD = y_BSD + self.shared(x_BSD)
         kept_GE = over_groups(functools.partial(_count, num_experts=moe.num_routed_experts), routing_G.expert_N, kept_GN)
-        statistics = MoEStatistics(self._in_scope(routing_G.statistics, groups, segment_ids_BS), kept_GE,
-                                   policy_BS=policy_BS)
+        in_scope = self._in_scope(routing_G.statistics, groups, segment_ids_BS, mode.inspect)
+        statistics = MoEStatistics(in_scope, kept_GE, policy_BS=policy_BS)
         if moe.expert_copies:
             count = functools.partial(_count, num_experts=moe.expert_copies)
             statistics = dataclasses.replace(statistics, copies_GP=over_groups(count, listed_G.expert_N, kept_GN))
         if mode.record:
             statistics = dataclasses.replace(
                 statistics, routing_G=dataclasses.replace(routing_G, statistics=None), kept_GN=kept_GN)
+        if mode.inspect:
+            statistics = dataclasses.replace(statistics, view=_view(x_BSD, routing_G.statistics, inputs_G, groups))
         return y_BSD, statistics
+
+    def choices(self, x_BSD: jax.Array, valid_BS: jax.Array, mode: RoutingMode, bias_E: jax.Array, token_ids_BS: jax.Array,
+                positions_BS: jax.Array, previous_ids_BS: jax.Array) -> Routing:
+        """Where the layer would send these tokens, leaves ``[G, ...]``; nothing is computed of them. Arguments as above."""
+        router, groups = ROUTERS[mode.router or self.config.moe.router], GroupLayout(*valid_BS.shape, self.config)
+        inputs_G = self._router_inputs(groups, x_BSD, valid_BS, mode, bias_E, None, token_ids_BS, positions_BS,
+                                       previous_ids_BS)
+        return over_groups(lambda inputs: dataclasses.replace(router.route(inputs, self.config.moe), statistics=None),
+                           inputs_G)
+
+    def _router_inputs(self, groups, x_BSD, valid_BS, mode, bias_E, key, token_ids_BS, positions_BS, previous_ids_BS,
+                       replay_BSK=None, noise_BSE=None):
+        """What the router looks at, every leaf led by G."""
+        moe, router = self.config.moe, ROUTERS[mode.router or self.config.moe.router]
+        if moe.padding == "routed":
+            valid_BS = jnp.ones_like(valid_BS)
+        x_GTD, valid_GT = groups.split(x_BSD), groups.split(valid_BS)
+        key_G = self._group_keys(x_GTD.shape[0], mode, key, router)
+        logits = self._logits(x_GTD, key_G, router)
+        bias_GE = jnp.broadcast_to(bias_E, (x_GTD.shape[0], moe.num_routed_experts), out_sharding=spec("GE", ACTIVATIONS))
+        token_ids_GT, positions_GT, previous_ids_GT, replay_GTK, noise_GTE = (
+            None if ids is None else groups.split(ids)
+            for ids in (token_ids_BS, positions_BS, previous_ids_BS, replay_BSK, noise_BSE))
+        return RouterInputs(valid_T=valid_GT, bias_E=bias_GE, token_ids_T=token_ids_GT, positions_T=positions_GT,
+                            key=key_G if router.draws(moe) else None, previous_ids_T=previous_ids_GT,
+                            replay_expert_TK=replay_GTK, training=mode.noise, noise_TE=noise_GTE,
+                            per_token=mode.inspect or moe.balance_scope in ("sequence", "document"),
+                            capacity_factor=mode.capacity_factor, **logits)
 
     def _to_copies(self, routing_G):
         """The lists with copies in the place of experts; the g-th group begins with the g-th copy of each."""
@@ -232,14 +275,17 @@ class MoELayer(nnx.Module):
             kept_GN |= (routing_G.expert_N >= first) & (routing_G.expert_N < total)
         return y_GTD, kept_GN
 
-    def _in_scope(self, statistics_G, groups, segment_ids_BS):
+    def _in_scope(self, statistics_G, groups, segment_ids_BS, inspect):
         """The router's sums, per group or – of every token's terms – per sequence or document."""
         scope = self.config.moe.balance_scope
-        if scope not in ("sequence", "document"):
+        if not inspect and scope not in ("sequence", "document"):
             return statistics_G
         if statistics_G.tokens.ndim != 2:
-            raise ValueError(f"moe.balance_scope={scope!r}: moe.router={self.config.moe.router!r} reports sums over groups; "
-                             f"let it call router_statistics with per_token=inputs.per_token")
+            asks = "inspect=True" if inspect else f"moe.balance_scope={scope!r}"
+            raise ValueError(f"{asks}: moe.router={self.config.moe.router!r} reports sums over groups; let it call "
+                             f"router_statistics with per_token=inputs.per_token")
+        if scope not in ("sequence", "document"):
+            return over_groups(pooled, statistics_G)
         terms_BS = jax.tree.map(groups.join, statistics_G)
         if scope == "sequence":
             return over_groups(pooled, terms_BS)
@@ -319,6 +365,14 @@ def part_of(routing: Routing, first: int, count: int, total: int) -> Routing:
     expert_N = jnp.where(here(routing.expert_N), expert_N,
                          jnp.where(here(passing_N), in_queue(passing_N - first, count), count))
     return dataclasses.replace(routing, expert_N=expert_N)
+
+
+def _view(x_BSD, terms_GT, inputs_G, groups):
+    """The RouterView of the terms of every token."""
+    norm_BS = None
+    if inputs_G.logits_TE is not None:
+        norm_BS = groups.join(jnp.sqrt(jnp.sum(inputs_G.logits_TE**2, axis=-1)))
+    return RouterView(x_BSD, groups.join(terms_GT.entropy), groups.join(terms_GT.confidence), norm_BS)
 
 
 def _count(expert_N, kept_N, num_experts):

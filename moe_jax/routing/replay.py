@@ -68,7 +68,12 @@ def check_replay(moe: MoEConfig) -> None:
 
 
 def choices_by_token(routing: Routing) -> jax.Array:
-    """The list of one group as ``[T, K]``, a token's choices in the order in which they stand in the list.
+    """The experts of one group's list as ``[T, K]``: :func:`by_token`."""
+    return by_token(routing, routing.expert_N)
+
+
+def by_token(routing: Routing, value_N: jax.Array) -> jax.Array:
+    """What belongs to the entries of one group's list as ``[T, K]``, a token's in the order in which they stand in the list.
 
     Raises:
       ValueError: the router did not give every token K places in the list (expert choice).
@@ -78,10 +83,10 @@ def choices_by_token(routing: Routing) -> jax.Array:
         raise ValueError("only routers that give every token K choices can be replayed; in this list a token may stand "
                          "any number of times (expert_choice)")
     if routing.order == "token_major":
-        return routing.expert_N.reshape(-1, choices)
+        return value_N.reshape(-1, choices)
     if routing.order == "choice_major":
-        return routing.expert_N.reshape(choices, -1).T
-    return routing.expert_N[jnp.argsort(routing.token_N, stable=True)].reshape(-1, choices)
+        return value_N.reshape(choices, -1).T
+    return value_N[jnp.argsort(routing.token_N, stable=True)].reshape(-1, choices)
 
 
 def recorded_experts(routing_LG: Routing, layout) -> jax.Array:
