@@ -18,6 +18,7 @@ CORE = [
     "numpy>=2.0",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.11.34",
+    "scipy>=1.13",  # sparse counts in the analyses; JAX needs it anyway
     "sentencepiece>=0.2",
     "tensorboardX>=2.6.2",
     "tqdm>=4.66",

@@ -8,9 +8,11 @@ tokens are read once, whatever the number of resamples.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy.sparse
 
 _MOST_DRAWS = 1 << 23  # document numbers drawn at once: 64 MiB
 
@@ -56,12 +58,8 @@ def document_counts(document_T: np.ndarray, code_T: np.ndarray, size: int,
 
 
 def bootstrap(sums: np.ndarray | Sequence[np.ndarray], statistic: Callable[..., np.ndarray], samples: int = 1000,
-              confidence: float = 0.95, seed: int = 0) -> Interval:
+              confidence: float = 0.95, seed: int = 0, centred: bool = False) -> Interval:
     """Percentile bootstrap over documents (Efron 1979): as many documents are drawn, with replacement, as there are.
-
-    The interval is that of the statistic as computed. Where that is a maximum or a spread over experts, drawing adds
-    noise to it and it comes out too high, as the value itself does with few tokens: compare with the same statistic of
-    uniform routing of as many tokens, not with its limit.
 
     Args:
       sums: sums over each document, led by its number: ``[D, …]``, or a list of such arrays (say, counts and tokens).
@@ -69,6 +67,10 @@ def bootstrap(sums: np.ndarray | Sequence[np.ndarray], statistic: Callable[..., 
       samples: resamples.
       confidence: share of repetitions of the experiment in which the interval should hold the truth.
       seed: of the resampling; the same seed gives the same interval.
+      centred: for a maximum or a spread over experts. With few tokens chance alone raises those, and drawing documents
+        raises them once more: the plain interval lies above the value. The centred one is shifted so that the mean of
+        the resamples is the value. It holds what the statistic is on average *on as many tokens*, so compare it with
+        uniform routing of as many tokens, not with the limit of infinitely many.
 
     Returns:
       An :class:`Interval` without R. The ends are NaN where they cannot be told: with fewer than two documents, and
@@ -93,7 +95,10 @@ def bootstrap(sums: np.ndarray | Sequence[np.ndarray], statistic: Callable[..., 
         times_RD = _draw(random, min(at_once, samples - start), documents)
         totals = [(times_RD @ array.reshape(documents, -1)).reshape((-1, *array.shape[1:])) for array in sums]
         found.append(np.asarray(statistic(*totals), np.float64))
-    return Interval(value, *_percentiles(np.concatenate(found), confidence))
+    found_R = np.concatenate(found)
+    if centred:
+        found_R = found_R - (found_R.mean(axis=0) - value)
+    return Interval(value, *_percentiles(found_R, confidence))
 
 
 def _draw(random: np.random.Generator, samples: int, documents: int) -> np.ndarray:
@@ -109,3 +114,44 @@ def _percentiles(found_R: np.ndarray, confidence: float) -> tuple[np.ndarray, np
     shown_R = np.where(lost, 0.0, np.where(finite_R, found_R, np.nan))
     low, high = np.nanquantile(shown_R, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return np.where(lost, np.nan, low), np.where(lost, np.nan, high)
+
+
+def resample_counts(document_T: np.ndarray, code_T: np.ndarray, size: int, statistic: Callable[[np.ndarray], np.ndarray],
+                    samples: int = 100, seed: int = 0) -> np.ndarray:
+    """A statistic of resampled counts, ``[R, …]``, where codes are too many for :func:`document_counts` (token id · E +
+    expert): only the counts that are not 0 are kept.
+
+    The same seed and documents draw the same documents, so that results of several layers can be averaged.
+
+    Args:
+      document_T, code_T, size: as for :func:`document_counts`.
+      statistic: counts ``[r, size]`` of r resamples -> ``[r, …]``.
+      samples: R.
+
+    Returns:
+      NaN where there are fewer than two documents.
+    """
+    numbers, document_T = np.unique(document_T, return_inverse=True)
+    documents, code_T = len(numbers), np.asarray(code_T)
+    document_T = np.broadcast_to(document_T.reshape((-1,) + (1,) * (code_T.ndim - 1)), code_T.shape)
+    counted_T = code_T >= 0
+    ones = np.ones(int(counted_T.sum()))
+    counts = scipy.sparse.coo_array((ones, (document_T[counted_T], code_T[counted_T])), shape=(documents, size)).tocsr()
+    random = np.random.default_rng(seed)
+    times_RD = _draw(random, samples, documents)
+    at_once = max(1, _MOST_DRAWS // size)
+    found = np.concatenate([np.asarray(statistic(times_RD[start:start + at_once] @ counts), np.float64)
+                            for start in range(0, samples, at_once)])
+    return found if documents > 1 else np.full_like(found, np.nan)
+
+
+def interval_around(value: float, found_R: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Normal interval: the value ± its bootstrap standard error times the normal quantile; NaN where a result is not finite.
+
+    For a maximum or a spread, which resampling raises: the interval is that of the statistic's expectation for so many
+    tokens, and is compared with uniform routing of as many.
+    """
+    if not np.isfinite(found_R).all():
+        return np.nan, np.nan
+    margin = statistics.NormalDist().inv_cdf((1 + confidence) / 2) * float(np.std(found_R, ddof=1))
+    return value - margin, value + margin

@@ -255,11 +255,12 @@ def entropy_over_training(steps: np.ndarray, entropy_NL: np.ndarray, layers: Seq
     return figure
 
 
-def domains_by_expert(share_PLE: np.ndarray, domains: Sequence[str], layers: Sequence[int]) -> Any:
+def domains_by_expert(share_PLE: np.ndarray, domains: Sequence[str], layers: Sequence[int], kind: str = "domain") -> Any:
     """Heat maps, one per MoE layer: domains on y, experts on x, colour = load relative to fair share.
 
     Args:
-      share_PLE: share of each domain's choices that goes to each expert; rows sum to 1.
+      share_PLE: share of each domain's choices that goes to each expert; rows sum to 1, or are NaN and stay white.
+      kind: what the rows are.
     """
     count, experts = share_PLE.shape[1:]
     load_PLE = share_PLE * experts
@@ -277,6 +278,8 @@ def domains_by_expert(share_PLE: np.ndarray, domains: Sequence[str], layers: Seq
         image = axis.imshow(load_PLE[:, index], aspect="auto", interpolation="nearest", **colours)
         if experts * columns <= 32:
             for (row, expert), value in np.ndenumerate(load_PLE[:, index]):
+                if np.isnan(value):
+                    continue
                 strong = abs(colours["norm"](value) - 0.5) > 0.3
                 axis.text(
                     expert,
@@ -295,7 +298,7 @@ def domains_by_expert(share_PLE: np.ndarray, domains: Sequence[str], layers: Seq
         if index + columns >= count:
             axis.set_xlabel("expert")
         if index % columns == 0:
-            axis.set_ylabel("domain")
+            axis.set_ylabel(kind)
     _colour_bar(figure, image, axes)
     return figure
 

@@ -1,0 +1,239 @@
+"""Do domains, turns or other categories of text have experts of their own?
+
+T recorded tokens, L MoE layers, E experts, C categories. See docs/analysis.md for how to read the figures.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+
+from moe_jax.analysis.recording import RoutingRecord
+from moe_jax.analysis.report_figures import MUTED, TRAIN, domains_by_expert, legend, panel_title, plain
+from moe_jax.analysis.routing_counts import (
+    chosen_TK, count, counts_LCE, domain_codes, headline, pair_codes, ratios, uniform_std, variation)
+from moe_jax.analysis.routing_figures import grid, panels, row_names, share_bounds, shown, strips
+from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
+
+MOST_TURNS = 8
+
+
+# OpenMoE: routing ratio by category.
+
+
+def routing_by_category(record: RoutingRecord, code_T: np.ndarray, names: Sequence[str], kind: str = "category") -> Table:
+    """Routing ratio (OpenMoE, figures 5 to 8): of the dispatched choices of a category's tokens, the share that goes to each
+    expert, N_{c,e} / Σ_e N_{c,e}. A choice that found no place is not dispatched.
+
+    Args:
+      code_T: category of each token, index into `names`; -1 = none.
+      kind: what a category is, in one word.
+
+    Returns:
+      Columns layer, <kind>, expert, choices, ratio, uniform_std (the spread of `ratio` over experts that uniform routing of
+      so many choices would show).
+    """
+    counts = counts_LCE(record, code_T, len(names), dispatched=True)
+    ratio = ratios(counts)
+    noise_LC = uniform_std(record, code_T, len(names), dispatched=True)
+    layer, category, expert = _indices(counts.shape)
+    columns = {"layer": np.array(record.layers)[layer], kind: np.array(names)[category], "expert": expert,
+               "choices": counts.ravel(), "ratio": ratio.ravel(),
+               "uniform_std": np.repeat(noise_LC.ravel(), record.num_experts)}
+    tokens_C = count(code_T, len(names))
+    caption = (
+        f"Share of each {kind}'s dispatched choices that goes to each expert, relative to the fair share 1/{record.num_experts} "
+        f"(1.0, white); {tokens_C.sum():,} tokens, {tokens_C.min():,} to {tokens_C.max():,} per {kind}. Specialisation: rows "
+        f"of a layer differ from each other by more than uniform routing of so few tokens would (± "
+        f"{record.num_experts * np.nanmedian(noise_LC):.2f} in these units). Rows that are alike, even if unequal, are an "
+        f"imbalance that all text shares.")
+    return Table(columns, caption, (variation_headline(record, code_T, len(names), kind),), {"kind": kind})
+
+
+def routing_by_domain(records: Sequence[RoutingRecord]) -> Table:
+    """:func:`routing_by_category` for the domains of the record: topics, programming or natural languages, tasks."""
+    record = latest(records, "domains_T")
+    return routing_by_category(record, *domain_codes(record), kind="domain")
+
+
+def draw_routing_by_category(table: Table) -> Any:
+    kind, layers = table.facts["kind"], shown(table["layer"])
+    found = [grid(table.where(layer=layer), "ratio", kind, "expert") for layer in layers]
+    return domains_by_expert(np.stack([matrix for matrix, *_ in found], axis=1), found[0][1].tolist(), layers, kind)
+
+
+def _indices(shape: tuple[int, ...]) -> list[np.ndarray]:
+    return [index.ravel() for index in np.indices(shape)]
+
+
+# OLMoE: domain specialisation.
+
+
+def domain_specialisation(records: Sequence[RoutingRecord]) -> Table:
+    """Domain specialisation of expert i on domain D (OLMoE, equation 8): N_{i,D} / N_D, the share of the domain's tokens for
+    which i is among the chosen; k/E if routing were uniform. Counts choices whether or not they found a place.
+
+    Returns:
+      Columns layer, domain, tokens, expert, share, uniform (k/E), uniform_std.
+    """
+    record = latest(records, "domains_T")
+    code_T, names = domain_codes(record)
+    counts, tokens_C = counts_LCE(record, code_T, len(names)), count(code_T, len(names))
+    layer, domain, expert = _indices(counts.shape)
+    made_LC = counts.sum(axis=-1) / tokens_C  # choices per token: K, unless tokens may choose fewer
+    noise_LC = uniform_std(record, code_T, len(names)) * made_LC
+    uniform = made_LC / record.num_experts
+    columns = {"layer": np.array(record.layers)[layer], "domain": np.array(names)[domain], "tokens": tokens_C[domain],
+               "expert": expert, "share": (counts / tokens_C[:, None]).ravel(),
+               "uniform": uniform[layer, domain], "uniform_std": noise_LC[layer, domain]}
+    per_token = made_LC.mean()
+
+    def statistic(counts_RCE: np.ndarray) -> np.ndarray:
+        return per_token * np.nanmean(ratios(counts_RCE).max(axis=-1), axis=-1)
+
+    top = _category_headline("share of a domain's tokens that choose its favourite expert, mean over domains and layers",
+                             record, code_T, len(names), False, statistic)
+    caption = (
+        f"For each domain one point per expert: the share of the domain's {tokens_C.min():,} to {tokens_C.max():,} tokens "
+        f"({tokens_C.sum():,} in all) that choose the expert; the largest has a ring. The line is k/E = "
+        f"{100 * uniform.mean():.3g} %, uniform routing; the band is ± 2 standard deviations of it for the smallest domain. "
+        f"Specialisation: experts far above the line for one domain and not for the others.")
+    return Table(columns, caption, (top,))
+
+
+def draw_domain_specialisation(table: Table) -> Any:
+    layers = shown(table["layer"])
+    domains = len(np.unique(table["domain"]))
+    figure, axes = panels(len(layers), 0.75 + 0.3 * domains, sharex=True, sharey=True)
+    for index, (axis, layer) in enumerate(zip(axes, layers)):
+        rows = table.where(layer=layer)
+        share_CE, names, _ = grid(rows, "share", "domain", "expert")
+        strips(axis, range(len(names)), 100 * share_CE)
+        middle, noise = 100 * rows["uniform"].mean(), 100 * rows["uniform_std"].max()
+        axis.axvspan(middle - 2 * noise, middle + 2 * noise, color=MUTED, alpha=0.18, linewidth=0)
+        axis.axvline(middle, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.3)
+        row_names(axis, [plain(name) for name in names], "domain" if index % 2 == 0 else "")
+        axis.set_xlabel("tokens that choose the expert (%)")
+        share_bounds(axis, 100 * table["share"])
+        panel_title(axis, f"layer {layer}")
+    return figure
+
+
+# OpenMoE: single- and multi-turn.
+
+
+def routing_by_turn(records: Sequence[RoutingRecord]) -> Table:
+    """Dropped choices and routing by turn (OpenMoE, section 4: conversations of one and of several turns).
+
+    Groups of tokens are the conversations of a single turn, and the turns 1, 2, … of those that have several. `dropped` is
+    the share of the group's choices that found no place; `distance` is the total variation distance of its routing ratio
+    (over dispatched choices) from that of all groups together; `uniform_distance` what uniform routing of so many choices
+    would show: the mean of E normal deviations, E·σ·√(2/π)/2, less what the group itself has in all groups, √(1 - n_g/n).
+
+    Returns:
+      Columns layer, group, tokens, dropped, distance, uniform_distance.
+
+    Raises:
+      MissingArray: no token is in a turn.
+    """
+    record = latest(records, "turns_T", "documents_T")
+    code_T, names = _turn_codes(record)
+    size = len(names)
+    tokens_C = count(code_T, size)
+    made, went = (counts_LCE(record, code_T, size, dispatched) for dispatched in (False, True))
+    ratio_LCE, whole_LE = ratios(went), ratios(went.sum(axis=1))
+    layer, group = _indices(made.shape[:2])
+    alone_LC = np.sqrt(1 - went.sum(axis=-1) / np.maximum(went.sum(axis=(1, 2)), 1)[:, None])
+    noise_LC = uniform_std(record, code_T, size, dispatched=True) * record.num_experts * np.sqrt(2 / np.pi) / 2 * alone_LC
+    dropped_LC = 1 - went.sum(axis=-1) / np.maximum(made.sum(axis=-1), 1)
+    columns = {"layer": np.array(record.layers)[layer], "group": np.array(names)[group], "tokens": tokens_C[group],
+               "dropped": dropped_LC.ravel(), "distance": variation(ratio_LCE, whole_LE[:, None]).ravel(),
+               "uniform_distance": noise_LC.ravel()}
+    caption = (
+        f"Left: dropped choices; right: how far each turn's routing lies from that of all turns (total variation distance: "
+        f"the share of choices that would have to go elsewhere). One point per layer, the bar is their mean; {tokens_C.sum():,} tokens in "
+        f"conversations. Grey marks: what uniform routing of so few tokens would show. Later turns with more drops lie where "
+        f"the buffers are full; a distance above the grey marks means that turns are routed differently.")
+    return Table(columns, caption, (variation_headline(record, code_T, size, "turn"),))
+
+
+def _turn_codes(record: RoutingRecord) -> tuple[np.ndarray, list[str]]:
+    turns_T = record.turns_T
+    if not (turns_T > 0).any():
+        raise MissingArray("The record holds no turns; record conversations (documents with turns, docs/data.md)")
+    number_T = np.unique(record.documents_T, return_inverse=True)[1]
+    last_D = np.zeros(number_T.max() + 1, int)
+    np.maximum.at(last_D, number_T, turns_T)
+    code_T = np.where(turns_T < 1, -1, np.where(last_D[number_T] == 1, 0, np.minimum(turns_T, MOST_TURNS)))
+    names = ["single turn", *(f"turn {turn}" for turn in range(1, MOST_TURNS)), f"turn {MOST_TURNS} and later"]
+    present = np.unique(code_T[code_T >= 0])
+    renumber = np.full(len(names) + 1, -1)
+    renumber[present] = np.arange(len(present))
+    return renumber[code_T], [names[code] for code in present]
+
+
+def draw_routing_by_turn(table: Table) -> Any:
+    figure, axes = panels(2, 0.9 + 0.3 * len(np.unique(table["group"])), sharey=True)
+    for axis, column, label in zip(axes, ("dropped", "distance"), ("dropped choices (%)", "distance from all turns (%)")):
+        value_GL, groups, _ = grid(table.columns, column, "group", "layer")
+        axis.barh(range(len(groups)), 100 * value_GL.mean(axis=1), color=TRAIN, alpha=0.35, height=0.6)
+        strips(axis, range(len(groups)), 100 * value_GL, ring=False)
+        axis.set_xlabel(label)
+        share_bounds(axis, 100 * value_GL)
+        row_names(axis, groups)
+    uniform_G = 100 * grid(table.columns, "uniform_distance", "group", "layer")[0].mean(axis=1)
+    axes[1].plot(uniform_G, range(len(uniform_G)), "|", color=MUTED, markersize=14, markeredgewidth=2, label="uniform routing")
+    legend(axes[1], loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+# How far categories lie apart.
+
+
+def variation_headline(record: RoutingRecord, code_T: np.ndarray, size: int, kind: str) -> Headline:
+    """Mean over categories and layers of the total variation distance between a category's routing ratio and that of all.
+    The reference is the same with categories dealt out anew among the documents."""
+
+    def statistic(counts_RCE: np.ndarray) -> np.ndarray:
+        whole_R1E = ratios(counts_RCE.sum(axis=1))[:, None]
+        return np.nanmean(variation(ratios(counts_RCE), whole_R1E), axis=-1)
+
+    name = f"distance of a {kind}'s routing from that of all, share of choices; mean over {kind}s and layers"
+    return _category_headline(name, record, code_T, size, True, statistic)
+
+
+def _category_headline(name: str, record: RoutingRecord, code_T: np.ndarray, size: int, dispatched: bool,
+                       statistic: Callable[[np.ndarray], np.ndarray]) -> Headline:
+    """`statistic`: counts ``[R, C, E]`` -> ``[R]``; averaged over layers."""
+    experts = record.num_experts
+    codes = [pair_codes(code_T, chosen_TK(record, layer, dispatched), experts) for layer in range(len(record.layers))]
+    value = np.mean([statistic(count(code, size * experts).reshape(1, size, experts))[0] for code in codes])
+    reference = shuffled(record, code_T, size, dispatched, statistic)
+    return headline(name, value, reference, record, codes, size * experts,
+                    lambda counts: statistic(counts.reshape(-1, size, experts)))
+
+
+def shuffled(record: RoutingRecord, code_T: np.ndarray, size: int, dispatched: bool,
+             statistic: Callable[[np.ndarray], np.ndarray], times: int = 100, seed: int = 0) -> float | None:
+    """Mean over layers and `times` shuffles of a statistic: what text as it is, without a link between category and routing,
+    would show. Categories are dealt out anew among the documents; where documents have parts of several categories
+    (turns), among the parts of each document. None without documents."""
+    if record.documents_T is None:
+        return None
+    counted_T = code_T >= 0
+    document_T = np.unique(record.documents_T, return_inverse=True)[1]
+    parts, part_T = np.unique(document_T[counted_T] * size + code_T[counted_T], return_inverse=True)
+    random = np.random.default_rng(seed)
+    document_U, label_U = parts // size, parts % size
+    within_U = document_U if len(np.unique(document_U)) < len(parts) else np.zeros_like(document_U)
+    label_RU = np.stack([label_U[np.lexsort((random.random(len(parts)), within_U))] for _ in range(times)])
+    place_RU = label_RU + size * np.arange(times)[:, None]
+    dealt = scipy.sparse.coo_array((np.ones(place_RU.size), (place_RU.ravel(), np.tile(np.arange(len(parts)), times))),
+                                   shape=(times * size, len(parts))).tocsr()
+    found = []
+    for layer in range(len(record.layers)):
+        codes = pair_codes(part_T, chosen_TK(record, layer, dispatched)[counted_T], record.num_experts)
+        counts_UE = count(codes, len(parts) * record.num_experts).reshape(len(parts), record.num_experts)
+        found.append(np.mean(statistic((dealt @ counts_UE.astype(np.float64)).reshape(times, size, record.num_experts))))
+    return float(np.mean(found))
