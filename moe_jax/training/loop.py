@@ -90,8 +90,10 @@ class _Signals:
         os.close(self._write_end)  # ends the thread
 
 
-def train(config: Config, workdir: str, allow_config_change: bool = False) -> pathlib.Path:
+def train(config: Config, workdir: str, allow_config_change: bool = False, finish: bool = True) -> pathlib.Path:
     """Trains to ``training.num_steps``, resuming if the workdir holds a checkpoint, and writes the report.
+
+    ``finish=False`` ends with the last checkpoint: no final evaluation, samples or report, for callers with their own.
 
     Returns:
       Path of the report. A finished run does nothing but say so.
@@ -115,11 +117,15 @@ def train(config: Config, workdir: str, allow_config_change: bool = False) -> pa
         trainer = _Trainer(run, signals, started)
         try:
             trainer.run_to_end()
-            trainer.finish()
+            if finish:
+                trainer.finish()
+            else:
+                trainer.checkpointer.close()
         finally:
             trainer.close()
     processes.at("the end of training", math.inf)
-    log.info("Done in %.0f s. Report: %s", time.monotonic() - started, report)
+    if finish:
+        log.info("Done in %.0f s. Report: %s", time.monotonic() - started, report)
     return report
 
 
