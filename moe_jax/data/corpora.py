@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 
 from moe_jax.data.documents import (
+    USER_HEADING,
     Corpus,
     CorpusError,
     Document,
@@ -262,7 +263,8 @@ def _identity_of_files(pattern: str) -> list[tuple]:
 def files(pattern: str, text_field: str = "text") -> Iterator[Document]:
     """Documents of a folder, a glob or one file: each text file is one document, each line of a .jsonl file is one.
 
-    In .jsonl files (also gzipped) `text_field` holds the text and an optional "domain" overrides the folder's. Invalid
+    In .jsonl files (also gzipped) `text_field` holds the text, or the turns of a conversation (`conversation`), and an
+    optional "domain" overrides the folder's. Invalid
     UTF-8 is kept with U+FFFD in place of the bad bytes; empty documents and binary files are skipped; each of these is
     counted and told in one warning at the end.
 
@@ -354,6 +356,35 @@ def _json_line(line: str, where: str, text_field: str) -> tuple[str, str]:
             f"{where}: expected an object with the text under {text_field!r}, found {has}; set data.text_field"
         )
     text, label = record[text_field], record.get("domain", "")
+    if isinstance(text, list):
+        text = conversation(text)
     if not isinstance(text, str) or not isinstance(label, str):
-        raise CorpusError(f'{where}: {text_field!r} and "domain" must be strings')
+        raise CorpusError(
+            f'{where}: {text_field!r} must be a string or a list of turns (strings, or objects with "role" and "content" '
+            'or "from" and "value"), and "domain" a string'
+        )
     return replace_surrogates(text), replace_surrogates(label)
+
+
+_SPEAKERS = {"user": "User", "human": "User", "prompter": "User", "gpt": "Assistant", "model": "Assistant"}
+
+
+def conversation(turns: list) -> str | None:
+    """A conversation as text: each part below a heading with its speaker, "### User:", "### Assistant:", "### System:".
+
+    turns: objects with "role" and "content" (OpenAI) or "from" and "value" (ShareGPT), or strings, all of the user
+    (MT-Bench). None if it is something else.
+    """
+    parts = []
+    for turn in turns:
+        if isinstance(turn, str):
+            turn = {"role": "user", "content": turn}
+        if not isinstance(turn, dict):
+            return None
+        speaker, words = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(speaker, str) or not isinstance(words, str):
+            return None
+        speaker = _SPEAKERS.get(speaker.lower(), speaker.capitalize())
+        heading = USER_HEADING if speaker == "User" else f"### {speaker}:"
+        parts.append(f"{heading}\n{words}\n")
+    return "\n".join(parts)

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
+# Begins every turn of the user where a conversation is written out as text.
+USER_HEADING = "### User:"
 
 
 class CorpusError(UserError, ValueError):
