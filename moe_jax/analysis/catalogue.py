@@ -1,6 +1,6 @@
 """All analyses of recorded routing: one line each. To add one: docs/analysis.md."""
 
-from moe_jax.analysis import specialisation
+from moe_jax.analysis import positions, specialisation, spread, vocabulary
 from moe_jax.analysis.tables import Analysis, Headline, MissingArray, Table, to_csv
 
 __all__ = ["ANALYSES", "Analysis", "Headline", "MissingArray", "Table", "to_csv"]
@@ -8,8 +8,24 @@ __all__ = ["ANALYSES", "Analysis", "Headline", "MissingArray", "Table", "to_csv"
 ANALYSES: tuple[Analysis, ...] = (
     Analysis("routing_by_domain", "Where each domain goes", "OpenMoE, figures 5 to 8",
              specialisation.routing_by_domain, specialisation.draw_routing_by_category),
+    Analysis("routing_by_position", "Where each position goes", "OpenMoE, figure 9",
+             positions.routing_by_position, specialisation.draw_routing_by_category),
+    Analysis("routing_by_token", "Where the most frequent tokens go", "OpenMoE, figure 10",
+             vocabulary.routing_by_token, specialisation.draw_routing_by_category),
+    Analysis("top_tokens", "What each expert gets most often", "OpenMoE, tables 9 and 15",
+             vocabulary.top_tokens, vocabulary.draw_top_tokens),
+    Analysis("drops_by_position", "Dropped choices by position", "OpenMoE, figure 12",
+             positions.drops, positions.draw_drops),
+    Analysis("drops_by_source", "Dropped choices by domain", "OpenMoE, figure 12",
+             positions.drops_by_source, positions.draw_drops_by_source),
+    Analysis("std_by_position", "How unevenly each position is spread", "OpenMoE, figure 13",
+             spread.std_by_position, spread.draw_std_over_experts),
+    Analysis("std_by_token", "How unevenly each token is spread", "OpenMoE, figure 14",
+             spread.std_by_token, spread.draw_std_over_experts),
     Analysis("routing_by_turn", "Conversations of one and of several turns", "OpenMoE, section 4",
              specialisation.routing_by_turn, specialisation.draw_routing_by_turn),
     Analysis("domain_specialisation", "Domain specialisation", "OLMoE, equation 8",
              specialisation.domain_specialisation, specialisation.draw_domain_specialisation),
+    Analysis("vocabulary_specialisation", "Vocabulary specialisation", "OLMoE, equation 9",
+             vocabulary.vocabulary_specialisation, vocabulary.draw_vocabulary_specialisation),
 )

@@ -4,6 +4,8 @@ T recorded tokens, L MoE layers, K choices, E experts, C categories (domains, po
 category of a token, 0 … C - 1; a token with a code below 0 is not counted.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from moe_jax.analysis.bootstrap import interval_around, resample_counts
@@ -113,7 +115,7 @@ def uniform_largest_share(tokens_C: np.ndarray, experts: int, choices: int, seed
 
 
 def headline(name: str, value: float, reference: float | None, record: RoutingRecord, codes: list[np.ndarray], size: int,
-             statistic) -> Headline:
+             statistic: Callable[[np.ndarray], np.ndarray]) -> Headline:
     """A headline with its interval: the mean over layers of `statistic`, documents resampled.
 
     Args:
@@ -125,6 +127,19 @@ def headline(name: str, value: float, reference: float | None, record: RoutingRe
     found_R = np.mean([resample_counts(record.documents_T, code_T, size, statistic) for code_T in codes], axis=0)
     low, high = interval_around(float(value), found_R)
     return Headline(name, float(value), reference, *((None, None) if np.isnan(low) else (low, high)))
+
+
+def dealt_anew(record: RoutingRecord, code_T: np.ndarray, size: int, dispatched: bool,
+               statistic: Callable[[np.ndarray], np.ndarray], times: int = 3, seed: int = 0) -> float:
+    """Mean over layers of `statistic` (counts ``[1, size · E]`` -> ``[1]``) where the codes are dealt out anew among the tokens
+    that have one: what routing that does not look at the code would give, with the load of this record and its noise."""
+    random, counted_T, found = np.random.default_rng(seed), code_T >= 0, []
+    for layer in range(len(record.layers)):
+        experts_TK = chosen_TK(record, layer, dispatched)[counted_T]
+        for _ in range(times):
+            codes = pair_codes(random.permutation(code_T[counted_T]), experts_TK, record.num_experts)
+            found.append(statistic(count(codes, size * record.num_experts)[None]))
+    return float(np.mean(found))
 
 
 # Names.
@@ -153,3 +168,12 @@ def token_label(record: RoutingRecord, token_id: int) -> str:
     shown = shown.replace(" ", "␣").replace("▁", "␣")
     return shown if len(shown) <= LABEL_LENGTH else shown[:LABEL_LENGTH - 1] + "…"
 
+
+def drop_note(record: RoutingRecord) -> str:
+    """A sentence for captions of what counts dispatched choices alone; empty where at least 99 % were dispatched."""
+    made = int((record.experts_LTK >= 0).sum())
+    lost = 0.0 if record.kept_LTK is None or not made else 1 - int((record.kept_LTK & (record.experts_LTK >= 0)).sum()) / made
+    if lost < 0.01:
+        return ""
+    return (f" {100 * lost:.2g} % of the choices found no place and are left out here, most of them those of popular experts late in the "
+            f"row; record with moe.dispatch=dropless to see the router's choices alone.")

@@ -69,3 +69,13 @@ def share_bounds(axis: Any, values: np.ndarray) -> None:
     """An x axis for percentages: from 0 to a little beyond the largest, and at least to 1 %."""
     finite = values[np.isfinite(values)]
     axis.set_xlim(0, 1.06 * max(float(finite.max(initial=0.0)), 1.0))
+
+
+def few_hundreds(axis: Any) -> None:
+    """A logarithmic x axis whose few labels are plain numbers, 200 and not 2 · 10²."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_formatter(NullFormatter())

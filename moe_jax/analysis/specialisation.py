@@ -12,7 +12,7 @@ import scipy.sparse
 from moe_jax.analysis.recording import RoutingRecord
 from moe_jax.analysis.report_figures import MUTED, TRAIN, domains_by_expert, legend, panel_title, plain
 from moe_jax.analysis.routing_counts import (
-    chosen_TK, count, counts_LCE, domain_codes, headline, pair_codes, ratios, uniform_std, variation)
+    chosen_TK, count, counts_LCE, domain_codes, drop_note, headline, pair_codes, ratios, uniform_std, variation)
 from moe_jax.analysis.routing_figures import grid, panels, row_names, share_bounds, shown, strips
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
 
@@ -47,7 +47,7 @@ def routing_by_category(record: RoutingRecord, code_T: np.ndarray, names: Sequen
         f"(1.0, white); {tokens_C.sum():,} tokens, {tokens_C.min():,} to {tokens_C.max():,} per {kind}. Specialisation: rows "
         f"of a layer differ from each other by more than uniform routing of so few tokens would (± "
         f"{record.num_experts * np.nanmedian(noise_LC):.2f} in these units). Rows that are alike, even if unequal, are an "
-        f"imbalance that all text shares.")
+        f"imbalance that all text shares.{drop_note(record)}")
     return Table(columns, caption, (variation_headline(record, code_T, len(names), kind),), {"kind": kind})
 
 
