@@ -36,6 +36,8 @@ def get_config() -> ConfigDict:
     model.remat = "none"              # recompute in the backward pass: none, block (all), dots (all but products)
     model.scan_layers = True          # lax.scan over the repeating block of layers; False unrolls: compiles longer,
                                       # draws other initial values and gives other paths in checkpoints
+    model.mtp_depth = 0               # multi-token prediction (DeepSeek-V3: 1): so many further tokens are predicted, each by
+                                      # a block of its own, in training only
 
     config.moe = moe = ConfigDict()
     moe.num_experts = 8               # E; 0 = dense model, everything else in this section is then unused
@@ -156,6 +158,12 @@ def get_config() -> ConfigDict:
     data.seed = 0                     # order of the training rows, and the text of the source synthetic
     data.streaming = False            # tfds/seqio: read through tf.data instead of tokenising once
     data.text_field = "text"          # of jsonl lines and TFDS examples
+    data.objective = "causal"         # causal, prefix_lm, span_corruption (T5), ul2, openmoe (its UL2 mixture): docs/data.md
+    data.span_mean = 3.0              # span_corruption: tokens of a hidden span, on average
+    data.span_rate = 0.15             # … share of the text that is hidden
+    data.sentinels = 0                # ids at the end of the vocabulary that stand for hidden spans; 0 = as many as a row needs
+                                      # (T5: 100, OpenMoE: 300)
+    data.prefix_attention = "causal"  # of what is given: causal (OpenMoE), or bidirectional (prefix LM of Raffel et al. 2020)
 
     config.mesh = mesh = ConfigDict()
     mesh.data = 0                     # devices along each axis; 0 = what remains
@@ -187,6 +195,7 @@ def get_config() -> ConfigDict:
     training.microbatches = 1         # gradient accumulation; losses keep their scope (balance_scope)
     training.output_z_weight = 1e-4   # of (log Z)² of the output logits (PaLM, OpenMoE)
     training.label_smoothing = 0.0    # share of the target spread over the other ids; 0 = off
+    training.mtp_weight = 0.3         # of multi-token prediction, the mean over depths (DeepSeek-V3: 0.3, then 0.1)
     training.ema_decay = 0.0          # running mean of the parameters, used for evaluation and samples; 0 = off
     training.log_every = 10           # steps per line of metrics and progress
     training.eval_every = 100         # steps per validation

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig
-from moe_jax.data.batches import MIXING_BLOCK_ROWS, Batches, Prefetcher, open_data, parse_domain_weights
+from moe_jax.data.batches import Batches, Prefetcher, open_data, parse_domain_weights
 from moe_jax.data.documents import CorpusError
+from moe_jax.data.streams import MIXING_BLOCK_ROWS
 from moe_jax.data.token_store import TokenizedDocument, open_or_build
 from moe_jax.data.vocabularies import ByteVocabulary
 
@@ -196,11 +197,11 @@ def test_a_weighted_domain_is_read_once_per_epoch_of_its_own(tmp_path):
 
 
 def test_small_weights_are_not_rounded_away():
-    from moe_jax.data.batches import _Mixture
+    from moe_jax.data.streams import Mixture
 
-    quota = _Mixture(np.array([1e-9, 0.0, 1 - 1e-9]), 0).quota
+    quota = Mixture(np.array([1e-9, 0.0, 1 - 1e-9]), 0).quota
     assert quota.tolist() == [1, 0, MIXING_BLOCK_ROWS - 1]
-    quota = _Mixture(np.full(3, 1 / 3), 0).quota
+    quota = Mixture(np.full(3, 1 / 3), 0).quota
     assert quota.sum() == MIXING_BLOCK_ROWS and quota.max() - quota.min() == 1
 
 

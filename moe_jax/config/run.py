@@ -27,6 +27,7 @@ class Config:
             require(self.optimizer.warmup_steps <= self.training.num_steps, "optimizer.warmup_steps",
                      self.optimizer.warmup_steps,
                      f"exceeds training.num_steps={self.training.num_steps}; the run would end inside its warm-up.")
+        self._check_objective()
         if self.moe.is_dense:
             return
         require(self.model.num_layers > self.moe_offset, "moe.every", self.moe.every,
@@ -49,6 +50,19 @@ class Config:
         choice("moe", self.moe, "balance_loss", tuple(BALANCE_LOSSES))
         check_router(self.moe)
         self._check_exchange()
+
+    def _check_objective(self):
+        require(self.model.attention != "splash" or self.data.prefix_attention == "causal", "model.attention",
+                self.model.attention, "knows causal attention only, but data.prefix_attention='bidirectional'; set it to 'auto' "
+                "or 'plain', or data.prefix_attention='causal'.")
+        require(self.training.mtp_weight == TrainingConfig.mtp_weight or self.model.mtp_depth > 0, "training.mtp_weight",
+                self.training.mtp_weight, f"has no effect without model.mtp_depth above 0; set that, or training.mtp_weight="
+                f"{TrainingConfig.mtp_weight}.")
+        require(self.model.mtp_depth == 0 or self.training.mtp_weight > 0, "training.mtp_weight", self.training.mtp_weight,
+                f"leaves the blocks of model.mtp_depth={self.model.mtp_depth} untrained; set it above 0, or "
+                f"model.mtp_depth=0.")
+        require(self.model.mtp_depth < self.data.sequence_length, "model.mtp_depth", self.model.mtp_depth,
+                f"looks so many tokens further, which must be fewer than data.sequence_length={self.data.sequence_length}.")
 
     def _check_exchange(self):
         # Imported here as above.
@@ -118,6 +132,13 @@ class Config:
             return ()
         return tuple(i for i in range(self.moe.first_dense_layers, self.model.num_layers)
                      if i % self.moe.every == self.moe_offset)
+
+    @property
+    def mtp_moe_layers(self) -> tuple[int, ...]:
+        """Indices of the MoE layers of multi-token prediction, counted on from the model's layers. Its blocks are mixtures if
+        the model's last layer is one."""
+        layers = self.model.num_layers
+        return tuple(range(layers, layers + self.model.mtp_depth)) if layers - 1 in self.moe_layers else ()
 
     @property
     def tokens_per_step(self) -> int:

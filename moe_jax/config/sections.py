@@ -8,6 +8,9 @@ from moe_jax.config.checks import at_least, choice, nearest_divisors, nearest_mu
 ACTIVATIONS = ("swiglu", "geglu", "geglu_exact", "reglu", "glu", "bilinear", "swiglu_clamped", "swiglu_linear",
                "silu", "gelu", "gelu_exact", "relu", "relu_squared")
 
+# What each makes of a text: moe_jax/data/objectives.py.
+OBJECTIVES = ("causal", "prefix_lm", "span_corruption", "ul2", "openmoe")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -31,10 +34,11 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True
+    mtp_depth: int = 0
 
     def __post_init__(self):
         at_least("model", self, 1, "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
-        at_least("model", self, 0, "vocab_size")
+        at_least("model", self, 0, "vocab_size", "mtp_depth")
         choice("model", self, "activation", ACTIVATIONS)
         choice("model", self, "dtype", ("float32", "bfloat16"))
         choice("model", self, "attention", ("auto", "plain", "splash"))
@@ -64,6 +68,11 @@ class DataConfig:
     seed: int = 0
     streaming: bool = False
     text_field: str = "text"
+    objective: str = "causal"
+    span_mean: float = 3.0
+    span_rate: float = 0.15
+    sentinels: int = 0
+    prefix_attention: str = "causal"
 
     def __post_init__(self):
         at_least("data", self, 1, "batch_size")
@@ -71,6 +80,26 @@ class DataConfig:
         at_least("data", self, 0, "max_bytes", "seed")
         require(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
                  "must lie between 0 and 1.")
+        self._check_objective()
+
+    def _check_objective(self):
+        choice("data", self, "objective", OBJECTIVES)
+        choice("data", self, "prefix_attention", ("causal", "bidirectional"))
+        at_least("data", self, 1, "span_mean")
+        at_least("data", self, 0, "sentinels")
+        require(0 < self.span_rate < 1, "data.span_rate", self.span_rate, "must lie between 0 and 1.")
+        for field in ("span_mean", "span_rate"):
+            value, default = getattr(self, field), getattr(DataConfig, field)
+            require(value == default or self.objective == "span_corruption", f"data.{field}", value,
+                    f"has no effect with data.objective={self.objective!r}; set it to {default!r}, or data.objective="
+                    f"'span_corruption'.")
+        require(self.sentinels == 0 or self.objective not in ("causal", "prefix_lm"), "data.sentinels", self.sentinels,
+                f"has no effect with data.objective={self.objective!r}, which hides no spans; set it to 0.")
+        require(self.prefix_attention == "causal" or self.objective != "causal", "data.prefix_attention",
+                self.prefix_attention, "has no effect with data.objective='causal', in which nothing is given; set it to "
+                "'causal', or another data.objective.")
+        require(not self.streaming or self.objective == "causal", "data.objective", self.objective,
+                "is made of rows of the token store, which data.streaming=True passes by; set data.streaming=False.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +163,7 @@ class TrainingConfig:
     microbatches: int = 1
     output_z_weight: float = 1e-4
     label_smoothing: float = 0.0
+    mtp_weight: float = 0.3
     ema_decay: float = 0.0
     log_every: int = 10
     eval_every: int = 100
@@ -153,7 +183,7 @@ class TrainingConfig:
     def __post_init__(self):
         at_least("training", self, 1, "num_steps", "microbatches", "log_every", "eval_every", "eval_batches",
                   "checkpoint_every", "keep_checkpoints")
-        at_least("training", self, 0, "output_z_weight", "sample_length", "max_skipped_steps", "seed",
+        at_least("training", self, 0, "output_z_weight", "mtp_weight", "sample_length", "max_skipped_steps", "seed",
                   "profile_start", "profile_steps")
         require(self.seed < 2**32, "training.seed", self.seed, "must be below 2**32.")
         choice("training", self, "nonfinite", ("stop", "skip"))

@@ -10,11 +10,14 @@ epoch. The rows are then shuffled in blocks as large as an epoch (at most 65,536
 would otherwise follow each other, and a batch would be a piece of one file. Without domain weights there is one stream of all domains (each in proportion to its size, rows mix domains).
 With weights every domain is a stream of its own, every row belongs to one domain, and each block of 1,024 rows holds the
 domains in exactly the given proportions, in a seeded order.
+
+Other objectives than the causal one (`objectives.py`) mix in the same way: every denoiser reads a stream of its own, in
+rows of as many tokens as make an example of S.
 """
 
 import dataclasses
-import functools
 import logging
+import math
 import queue
 import threading
 import time
@@ -24,7 +27,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_jax.data.documents import TRAIN, VALIDATION, CorpusError, fingerprint_of
-from moe_jax.data.token_store import SplitTokens, TokenStore, cache_folder, prepare_store, prepare_vocabulary
+from moe_jax.data.objectives import Recipe, fill_row, recipes_of
+from moe_jax.data.streams import Mixture, Stream, seeded_bits
+from moe_jax.data.token_store import TokenStore, cache_folder, prepare_store, prepare_vocabulary
 from moe_jax.data.vocabularies import PAD_ID, Vocabulary
 
 log = logging.getLogger(__name__)
@@ -39,10 +44,13 @@ PADDING = {
     "domain_ids": -1,
     "document_ids": -1,
 }
-MIXING_BLOCK_ROWS = 1024
-SHUFFLED_BLOCK_ROWS = 65_536
+# Two keys more under other objectives than the causal one; `in_prefix` only where attention asks for it.
+TARGET_PADDING = {"is_target": False}
+PREFIX_PADDING = {"in_prefix": False}
 # Part of the data's fingerprint: raise it when the same settings give other rows, so that no run resumes on them.
 ORDER_FORMAT = 2
+# The same of rows of other objectives than the causal one.
+OBJECTIVES_FORMAT = 1
 # Fixed, whatever data.seed is, so that runs with different seeds are evaluated on the same text.
 VALIDATION_SEED = 20_240_101
 
@@ -84,120 +92,6 @@ def parse_domain_weights(text: str, domains: list[str]) -> np.ndarray | None:
     return weights / weights.sum()
 
 
-def seeded_permutation(count: int, *key: int) -> np.ndarray:
-    """int64 [count]: a permutation that depends on the key alone, on every machine and with every NumPy.
-
-    (The raw bits of Philox are guaranteed not to change between NumPy versions; `Generator.permutation` is not.)
-    """
-    bits = np.random.Philox(np.random.SeedSequence([value % 2**64 for value in key])).random_raw(count)
-    return np.argsort(bits, kind="stable")
-
-
-class _Stream:
-    """Documents laid end to end, in a new order each epoch: token p of the endless stream, for any p."""
-
-    def __init__(self, tokens: SplitTokens, documents: np.ndarray, key: tuple[int, ...], reshuffle: bool = True):
-        self.tokens, self.documents, self.key, self.reshuffle = tokens, documents, key, reshuffle
-        self.lengths = np.diff(tokens.offsets_D)[documents]
-        self.num_tokens = int(self.lengths.sum())
-        # A batch reads one or two epochs; steps may be asked for in any order, so keep a few.
-        self._order = functools.lru_cache(maxsize=3)(self._compute_order)
-        self._shuffled = functools.lru_cache(maxsize=3)(self._compute_shuffled)
-
-    def _compute_shuffled(self, block: int, rows: int) -> np.ndarray:
-        return seeded_permutation(rows, *self.key, 7, block)
-
-    def places(self, numbers: np.ndarray, length: int, finite: bool = False) -> np.ndarray:
-        """Where on the stream, in rows of `length` tokens, the rows called `numbers` lie: shuffled within blocks.
-
-        A finite stream is one block; numbers past its end stay where they are.
-        """
-        rows = -(-self.num_tokens // length) if finite else max(1, self.num_tokens // length)
-        block_rows = max(1, rows) if finite else min(rows, SHUFFLED_BLOCK_ROWS)
-        blocks, offsets = np.divmod(numbers, block_rows)
-        places = np.array(numbers, np.int64)
-        for block in np.unique(blocks):
-            if not (finite and block > 0):
-                chosen = blocks == block
-                places[chosen] = block * block_rows + self._shuffled(int(block), block_rows)[offsets[chosen]]
-        return places
-
-    def _compute_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in their order, int64 [documents + 1] stream position at which each begins)."""
-        permutation = seeded_permutation(len(self.documents), *self.key, epoch if self.reshuffle else 0)
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths[permutation])])
-        return self.documents[permutation], starts
-
-    def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Stream positions begin..end-1 as (token, document index in the split, serial), each [end - begin].
-
-        serial numbers the documents of the answer; it differs between neighbours of different documents.
-        """
-        parts = []
-        while begin < end:
-            epoch, offset = divmod(begin, self.num_tokens)
-            take = min(end - begin, self.num_tokens - offset)
-            parts.append(self._read_epoch(epoch, offset, offset + take))
-            begin += take
-        token = np.concatenate([part[0] for part in parts])
-        document = np.concatenate([part[1] for part in parts])
-        serials, first = [], 0
-        for part in parts:
-            serials.append(part[2] + first)
-            first = int(serials[-1][-1]) + 1
-        return token, document, np.concatenate(serials)
-
-    def _read_epoch(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        documents, starts = self._order(epoch)
-        first = int(np.searchsorted(starts, begin, side="right")) - 1
-        last = int(np.searchsorted(starts, end, side="left"))
-        covered = documents[first:last]
-        bounds = np.clip(starts[first : last + 1], begin, end)
-        serial = np.repeat(np.arange(len(covered)), np.diff(bounds))
-        # Place in the store = place in the stream, moved by the same distance for all tokens of a document.
-        distance = self.tokens.offsets_D[covered] - starts[first:last]
-        token = self.tokens.tokens_N[np.arange(begin, end) + distance[serial]]
-        return token, covered[serial], serial
-
-
-class _Mixture:
-    """Which stream each row reads, and which row of that stream it is, by weights; closed form in the row number."""
-
-    def __init__(self, weights: np.ndarray, seed: int):
-        exact = weights * MIXING_BLOCK_ROWS
-        quota = np.floor(exact).astype(np.int64)
-        quota[(weights > 0) & (quota == 0)] = 1
-        # Largest remainders fill the block; the largest quotas give back what rounding up took.
-        while quota.sum() < MIXING_BLOCK_ROWS:
-            quota[np.argmax(np.where(weights > 0, exact - quota, -np.inf))] += 1
-        while quota.sum() > MIXING_BLOCK_ROWS:
-            quota[np.argmax(quota)] -= 1
-        self.quota, self.seed = quota, seed
-        self._block = functools.lru_cache(maxsize=8)(self._compute_block)
-
-    def _compute_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each row of the block: (its stream, how many earlier rows of the block read the same stream)."""
-        streams = np.repeat(np.arange(len(self.quota)), self.quota)
-        streams = streams[seeded_permutation(MIXING_BLOCK_ROWS, self.seed, 1, block)]
-        earlier = np.empty(MIXING_BLOCK_ROWS, np.int64)
-        for stream in range(len(self.quota)):
-            is_stream = streams == stream
-            earlier[is_stream] = np.arange(is_stream.sum())
-        return streams, earlier
-
-    def rows(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(stream, row within the stream), each int64 [end - begin]; rows of one stream are consecutive."""
-        streams, numbers = [], []
-        while begin < end:
-            block, offset = divmod(begin, MIXING_BLOCK_ROWS)
-            take = min(end - begin, MIXING_BLOCK_ROWS - offset)
-            stream, earlier = (array[offset : offset + take] for array in self._block(block))
-            streams.append(stream)
-            numbers.append(block * self.quota[stream] + earlier)
-            begin += take
-        return np.concatenate(streams), np.concatenate(numbers)
-
-
 class Batches:
     """Batches of one split of a store.
 
@@ -209,34 +103,64 @@ class Batches:
       positions int32     0, 1, … restarting in each segment
       domain_ids int32    index into the store's domains; -1 in padding
       document_ids int32  the document's number in the whole corpus; -1 in padding
+    and, with `recipes`,
+      is_target bool      the loss counts this target; `valid` says that there is a token, given or to be predicted
+      in_prefix bool      only with config.prefix_attention="bidirectional": given, seen by all of the segment's prefix
 
-    Training batches are always full (`valid` is True everywhere); the validation split is finite and its last batch is
-    padded.
+    Training batches are always full (`valid` is True everywhere), but for the ends of rows of `recipes`; the validation
+    split is finite and its last batch is padded.
+
+    recipes: of another objective than the causal one (`objectives.recipes_of`). The validation split is then as endless as
+    the training split, and `num_batches` read as much text as it has.
 
     Raises:
       CorpusError: bad domain weights, or a weighted domain that has no training documents.
     """
 
-    def __init__(self, store: TokenStore, config, split: str):
+    def __init__(self, store: TokenStore, config, split: str, recipes: Sequence[Recipe] = ()):
         self.split, self.batch_size, self.sequence_length = split, config.batch_size, config.sequence_length
         self.tokens = store.splits[split]
         self.domains = store.domains
-        weights = parse_domain_weights(config.domain_weights, store.domains)
-        everything = np.arange(self.tokens.num_documents)
+        self.recipes, self.padding = tuple(recipes), padding_of(config)
+        self._seed = config.seed if split == TRAIN else VALIDATION_SEED
+        weights = parse_domain_weights(config.domain_weights, store.domains) if split == TRAIN else None
         self._mixture = None
-        if split == VALIDATION:
-            self._streams = [_Stream(self.tokens, everything, (VALIDATION_SEED,), reshuffle=False)]
+        if self.recipes:
+            self._open_denoisers(weights)
+        elif split == VALIDATION:
+            self._streams = [Stream(self.tokens, self._documents(), (VALIDATION_SEED,), reshuffle=False)]
         elif weights is None:
-            self._streams = [_Stream(self.tokens, everything, (config.seed, 0))]
+            self._streams = [Stream(self.tokens, self._documents(), (config.seed, 0))]
         else:
             self._streams = [
-                _Stream(self.tokens, everything[self.tokens.domain_D == domain], (config.seed, 2, domain))
+                Stream(self.tokens, self._documents(domain), (config.seed, 2, domain))
                 for domain in range(len(store.domains))
             ]
-            for domain, stream in enumerate(self._streams):
-                if weights[domain] > 0 and stream.num_tokens == 0:
-                    raise CorpusError(f"domain {store.domains[domain]!r} has a weight but no training documents")
-            self._mixture = _Mixture(weights, config.seed)
+            self._require_tokens(weights, self._streams)
+            self._mixture = Mixture(weights, config.seed)
+
+    def _documents(self, domain: int | None = None) -> np.ndarray:
+        everything = np.arange(self.tokens.num_documents)
+        return everything if domain is None else everything[self.tokens.domain_D == domain]
+
+    def _require_tokens(self, weights: np.ndarray, streams: Sequence[Stream]) -> None:
+        """Streams of the domains, in order: each with a weight must have some."""
+        for domain, stream in enumerate(streams):
+            if weights[domain] > 0 and stream.num_tokens == 0:
+                raise CorpusError(f"domain {self.domains[domain]!r} has a weight but no training documents")
+
+    def _open_denoisers(self, weights: np.ndarray | None) -> None:
+        """A stream for each recipe, and each domain if they are weighted; stream i is of recipe i % len(recipes)."""
+        domains = [None] if weights is None else range(len(weights))
+        shares = np.array([recipe.denoiser.share for recipe in self.recipes])
+        self._streams = [
+            Stream(self.tokens, self._documents(domain), (self._seed, 3, number, -1 if domain is None else domain))
+            for domain in domains
+            for number in range(len(self.recipes))
+        ]
+        if weights is not None:
+            self._require_tokens(weights, self._streams[:: len(self.recipes)])
+        self._mixture = Mixture(np.outer(np.ones(1) if weights is None else weights, shares).reshape(-1), self._seed)
 
     @property
     def num_tokens(self) -> int:
@@ -246,7 +170,10 @@ class Batches:
     @property
     def num_batches(self) -> int:
         """Batches that cover the split once (the last one rounded up)."""
-        return -(-self.num_tokens // (self.batch_size * self.sequence_length))
+        if not self.recipes:
+            return -(-self.num_tokens // (self.batch_size * self.sequence_length))
+        read = sum(recipe.denoiser.share * recipe.longest(self.sequence_length) for recipe in self.recipes)
+        return math.ceil(self.num_tokens / (self.batch_size * read))
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """Rows `rows` (a slice without step; default all) of the global batch of this step.
@@ -261,16 +188,21 @@ class Batches:
         if step < 0 or stride != 1:
             raise IndexError(f"step={step} must not be negative, and rows={rows} must be consecutive")
         begin, end = step * self.batch_size + first, step * self.batch_size + max(first, last)
-        if self.split == VALIDATION:
-            if step >= self.num_batches:
-                raise IndexError(f"the validation split has {self.num_batches} batches; there is no batch {step}")
+        if self.split == VALIDATION and step >= self.num_batches:
+            raise IndexError(f"the validation split has {self.num_batches} batches; there is no batch {step}")
+        if self.split == VALIDATION and not self.recipes:
             return self._last_rows(begin, end)
         if self._mixture is None:
             return self._stream_rows(self._streams[0], np.arange(begin, end))
+        out = empty_batch(end - begin, self.sequence_length, self.padding)
+        if begin == end:
+            return out
         streams, numbers = self._mixture.rows(begin, end)
-        out = empty_batch(end - begin, self.sequence_length)
         for stream in np.unique(streams):
             (chosen,) = np.nonzero(streams == stream)
+            if self.recipes:
+                self._denoise(out, chosen, int(stream), numbers[chosen])
+                continue
             part = self._stream_rows(self._streams[stream], numbers[chosen])
             for key, values in part.items():
                 out[key][chosen] = values
@@ -284,13 +216,38 @@ class Batches:
         for index in range(count):
             yield self.batch(index, rows)
 
-    def _stream_rows(self, stream: _Stream, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    def evaluation_places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the targets of a causal evaluation batch come from, each int64 [B, S]: the document's index in the split, and
+        which of its tokens it is, also where the document began in another row; -1 in padding.
+        """
+        stream, length = self._streams[0], self.sequence_length
+        rows = stream.places(step * self.batch_size + np.arange(self.batch_size), length, finite=True)
+        position_BS = rows[:, None] * length + np.arange(length)
+        document_BS, place_BS = stream.locate(np.minimum(position_BS, stream.num_tokens - 1))
+        is_text_BS = position_BS < stream.num_tokens
+        return np.where(is_text_BS, document_BS, -1), np.where(is_text_BS, place_BS, -1)
+
+    def _stream_rows(self, stream: Stream, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of one stream called `numbers`."""
         length = self.sequence_length
         if not len(numbers):
             return empty_batch(0, length)
         rows = [stream.read(place * length, (place + 1) * length) for place in stream.places(numbers, length).tolist()]
         return self._pack(*(np.concatenate(parts) for parts in zip(*rows)))
+
+    def _denoise(self, out: dict[str, np.ndarray], rows: np.ndarray, index: int, numbers: np.ndarray) -> None:
+        """Fills the rows of `out` with the examples of one stream's rows called `numbers`."""
+        stream, recipe = self._streams[index], self.recipes[index % len(self.recipes)]
+        length = recipe.longest(self.sequence_length)
+        for row, number, place in zip(rows, numbers.tolist(), stream.places(numbers, length).tolist()):
+            token, document, serial = stream.read(place * length, (place + 1) * length)
+            starts = np.flatnonzero(np.diff(serial, prepend=-1))
+            pieces = [
+                (piece, self.tokens.domain_D[first], self.tokens.document_D[first])
+                for piece, first in zip(np.split(token, starts[1:]), document[starts])
+            ]
+            bits = seeded_bits(self._seed, 4, index, number)
+            fill_row({key: values[row] for key, values in out.items()}, pieces, recipe, bits)
 
     def _last_rows(self, begin: int, end: int) -> dict[str, np.ndarray]:
         """Rows of a stream that ends after one epoch: what lies past the end is padding."""
@@ -330,11 +287,18 @@ class Batches:
         }
 
 
-def empty_batch(num_rows: int, sequence_length: int) -> dict[str, np.ndarray]:
+def padding_of(config) -> dict[str, Any]:
+    """The keys of a DataConfig's training batches, and what they hold in padding."""
+    if config.objective == "causal":
+        return PADDING
+    return PADDING | TARGET_PADDING | (PREFIX_PADDING if config.prefix_attention == "bidirectional" else {})
+
+
+def empty_batch(num_rows: int, sequence_length: int, padding: dict[str, Any] = PADDING) -> dict[str, np.ndarray]:
     """A batch of padding only."""
     return {
-        key: np.full((num_rows, sequence_length), value, bool if key == "valid" else np.int32)
-        for key, value in PADDING.items()
+        key: np.full((num_rows, sequence_length), value, bool if isinstance(value, bool) else np.int32)
+        for key, value in padding.items()
     }
 
 
@@ -432,6 +396,7 @@ class Data:
 
     domains: names by domain id. fingerprint: identifies the tokens, their order and their vocabulary.
     store: the tokenised corpus (None when streaming).
+    objective_validation: the validation split under the objective of training; None if that is causal, as `validation` is.
     """
 
     train: BatchSource
@@ -440,6 +405,7 @@ class Data:
     domains: list[str]
     fingerprint: str
     store: TokenStore | None = None
+    objective_validation: BatchSource | None = None
 
 
 def open_data(config, workdir: str) -> Data:
@@ -470,7 +436,9 @@ def open_data(config, workdir: str) -> Data:
 
 def data_of_store(store: TokenStore, vocabulary: Vocabulary, config) -> Data:
     """The two splits of a store as batches; says how many documents are longer than the context."""
-    train, validation = Batches(store, config, TRAIN), Batches(store, config, VALIDATION)
+    recipes, vocabulary = recipes_of(config, vocabulary)
+    train, validation = Batches(store, config, TRAIN, recipes), Batches(store, config, VALIDATION)
+    objective_validation = Batches(store, config, VALIDATION, recipes) if recipes else None
     longer = int((np.diff(train.tokens.offsets_D) > config.sequence_length).sum())
     log.info(
         "data: %d tokens for training (%d steps per epoch), %d for validation; %d of %d documents are longer than %d "
@@ -483,6 +451,7 @@ def data_of_store(store: TokenStore, vocabulary: Vocabulary, config) -> Data:
         config.sequence_length,
     )
     fingerprint = fingerprint_of(
-        ORDER_FORMAT, store.fingerprint, config.domain_weights, config.sequence_length, config.batch_size, config.seed
-    )
-    return Data(train, validation, vocabulary, store.domains, fingerprint, store)
+        ORDER_FORMAT, store.fingerprint, config.domain_weights, config.sequence_length, config.batch_size, config.seed,
+        *((OBJECTIVES_FORMAT, config.prefix_attention, vocabulary.fingerprint, repr(recipes)) if recipes else ()),
+    )  # fmt: skip
+    return Data(train, validation, vocabulary, store.domains, fingerprint, store, objective_validation)

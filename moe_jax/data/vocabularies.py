@@ -134,6 +134,15 @@ class SentencePieceVocabulary:
 Vocabulary = ByteVocabulary | SentencePieceVocabulary
 
 
+def with_extra_ids(vocabulary: Vocabulary, count: int) -> Vocabulary:
+    """The vocabulary with at least `count` ids at its end that stand for no bytes; all other ids stay."""
+    if vocabulary.extra_ids >= count:
+        return vocabulary
+    if isinstance(vocabulary, ByteVocabulary):
+        return ByteVocabulary(count)
+    return SentencePieceVocabulary(vocabulary.model, vocabulary.source, count)
+
+
 def _load_processor(model: bytes, source: str):
     """A SentencePieceProcessor, after the checks that turn a bad file into one line."""
     import sentencepiece
