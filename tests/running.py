@@ -122,7 +122,7 @@ def moe_jax(capsys, caplog):
 def run_here(*words, devices=1) -> int:
     """The exit code of the command line in this process."""
     words = [str(word) for word in words]
-    if words[0] not in ("report", "plan") and not any(word.startswith("--devices") for word in words):
+    if words[0] not in ("report", "plan", "upcycle") and not any(word.startswith("--devices") for word in words):
         words.append(f"--devices={devices}")
     with restored_process(devices):
         try:

@@ -1,8 +1,10 @@
 """What the commands' parsers share: their form, and the options of several."""
 
 import argparse
+import os
 from collections.abc import Callable
 
+from moe_jax.environment import prepare_process
 from moe_jax.errors import UserError
 
 EPILOG = """\
@@ -17,6 +19,7 @@ examples:
   moe-jax generate --workdir=workdir --prompt='def main():'
   moe-jax report --workdir=workdir
   moe-jax place --workdir=workdir --devices=4 --redundant=4
+  moe-jax upcycle --from=dense --config=configs/openmoe_tiny.py --workdir=upcycled
   moe-jax plan --config=configs/mixtral_8x7b.py --slice=v5p-128
 """
 
@@ -41,6 +44,13 @@ def add_command(commands, name: str, run: Callable, text: str, overrides: bool =
                                   allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.set_defaults(run=run, prepare=prepare, overrides=overrides)
     return command
+
+
+def prepare_one_cpu_device(arguments) -> None:
+    """``prepare`` of a command that computes little, on the host; ``--devices``, if it has any, mean something else."""
+    del arguments
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    prepare_process(1)
 
 
 def add_workdir(command) -> None:

@@ -1,15 +1,13 @@
 """``moe-jax place``."""
 
-import os
 import pathlib
 
-from moe_jax.commands.parsers import CommandError, add_command, add_workdir
-from moe_jax.environment import prepare_process
+from moe_jax.commands.parsers import CommandError, add_command, add_workdir, prepare_one_cpu_device
 
 
 def add(commands) -> None:
     command = add_command(commands, "place", run, "Place a run's experts on devices by the loads it measured: copies of busy "
-                          "experts, even loads.", prepare=prepare)
+                          "experts, even loads.", prepare=prepare_one_cpu_device)
     add_workdir(command)
     command.add_argument("--devices", type=int, required=True, help="over how many devices the experts are spread")
     command.add_argument("--nodes", type=int, default=1, help="into how many nodes the devices fall; they get whole groups of "
@@ -20,12 +18,6 @@ def add(commands) -> None:
                          help="the file to write; a figure with the ending .png comes beside it (default: %(default)s)")
     command.add_argument("--apply", default="", metavar="DIRECTORY", help="also write a new run directory, whose newest checkpoint "
                          "has the experts in this order; train, eval and generate go on there (without --redundant)")
-
-
-def prepare(arguments) -> None:
-    """``--devices`` are those of the placement; the command itself needs one."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    prepare_process(1)
 
 
 def run(arguments, overrides) -> int:

@@ -6,26 +6,22 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-import tempfile
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from moe_jax.config import Config, ConfigError, resolve
 from moe_jax.dispatch.placement import Placement
 from moe_jax.models.decoder import moe_layer_paths
 from moe_jax.routing import ROUTERS
-from moe_jax.sharding import parameter_spec
-from moe_jax.training.checkpoint import Checkpointer, Restored
+from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.metrics import read_metrics
 from moe_jax.training.named_arrays import flatten, nest
-from moe_jax.training.run import Run, RunError, read_config, require_checkpoint, restore_params, write_json
-from moe_jax.training.state import TrainState, initial_state
+from moe_jax.training.new_run import new_run_directory, require_absent, restore_on_host, state_on_host
+from moe_jax.training.run import Run, RunError, read_config, restore_params, write_json
 
 # In a run that was renumbered: the numbers that its experts had in the first run.
 ORDER_FILE = "expert_order.json"
@@ -138,34 +134,15 @@ def write_renumbered_run(workdir: pathlib.Path, target: pathlib.Path, placement:
     Raises:
       RunError: ``target`` is there already, or cannot be written. CheckpointError, ConfigError.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(f"{target} is there already; a rearranged run needs a directory of its own, new or empty.")
+    require_absent(target, "a rearranged")
     config = resolve(read_config(workdir))
-    restored = _restore_on_host(workdir, config)
+    restored = restore_on_host(workdir, config)
     flat = renumbered(flatten(restored.state), config, placement)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise RunError(f"Cannot make {target}: {error.strerror or error}. Choose another directory.") from error
-    try:
+    with new_run_directory(target) as partial:
         with Checkpointer(partial / "checkpoints", keep=1) as checkpointer:
             checkpointer.save(restored.step, nest(flat), restored.metadata)
         _write_beside(workdir, partial, config, placement)
-        partial.chmod(0o777 & ~_umask())
-        partial.rename(target)
-    except OSError as error:
-        raise RunError(f"Cannot write {target}: {error.strerror or error}. Free some space or choose another "
-                       f"directory.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return restored.step
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write_beside(workdir, partial, config, placement):
@@ -200,22 +177,6 @@ def read_order(workdir: pathlib.Path) -> np.ndarray | None:
         raise RunError(f"Cannot read {path}: {error}. Put a good copy back.") from error
 
 
-def _on_host(config: Config, vocab_size: int) -> TrainState:
-    """The abstract state, all of it in this machine's memory."""
-    host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
-                        jax.eval_shape(lambda: initial_state(config, vocab_size)))
-
-
-def _restore_on_host(workdir: pathlib.Path, config: Config) -> Restored:
-    require_checkpoint(workdir)
-    checkpointer = Checkpointer(workdir / "checkpoints", read_only=True)
-    step = checkpointer.latest_verified_step()
-    if step is None:
-        return checkpointer.restore({})  # says what is damaged
-    return checkpointer.restore(_on_host(config, checkpointer.read_metadata(step)["vocab_size"]), step)
-
-
 # Copies.
 
 
@@ -242,7 +203,7 @@ def restore_with_copies(run: Run, placement: Placement) -> tuple[Any, jax.Array,
     if jax.process_count() > 1:
         raise RunError(f"{jax.process_count()} processes: copies of experts are made by one process that sees all devices.")
     plain = dataclasses.replace(run.config, moe=dataclasses.replace(run.config.moe, expert_copies=0))
-    params, bias_LE, step = restore_params(run, _on_host(plain, run.vocab_size))
+    params, bias_LE, step = restore_params(run, state_on_host(plain, run.vocab_size))
     wanted = run.abstract_state()
     put = lambda leaf, wanted: jax.device_put(np.asarray(leaf), wanted.sharding)
     params = jax.tree.map(put, with_copies(params, plain, placement), wanted["params"])
