@@ -193,7 +193,7 @@ def draw_routing_by_turn(table: Table) -> Any:
 
 def variation_headline(record: RoutingRecord, code_T: np.ndarray, size: int, kind: str) -> Headline:
     """Mean over categories and layers of the total variation distance between a category's routing ratio and that of all.
-    The reference is the same with categories dealt out anew among the documents."""
+    The reference: :func:`without_link`."""
 
     def statistic(counts_RCE: np.ndarray) -> np.ndarray:
         whole_R1E = ratios(counts_RCE.sum(axis=1))[:, None]
@@ -209,31 +209,44 @@ def _category_headline(name: str, record: RoutingRecord, code_T: np.ndarray, siz
     experts = record.num_experts
     codes = [pair_codes(code_T, chosen_TK(record, layer, dispatched), experts) for layer in range(len(record.layers))]
     value = np.mean([statistic(count(code, size * experts).reshape(1, size, experts))[0] for code in codes])
-    reference = shuffled(record, code_T, size, dispatched, statistic)
+    reference = without_link(record, code_T, size, dispatched, statistic)
     return headline(name, value, reference, record, codes, size * experts,
                     lambda counts: statistic(counts.reshape(-1, size, experts)))
 
 
-def shuffled(record: RoutingRecord, code_T: np.ndarray, size: int, dispatched: bool,
-             statistic: Callable[[np.ndarray], np.ndarray], times: int = 100, seed: int = 0) -> float | None:
-    """Mean over layers and `times` shuffles of a statistic: what text as it is, without a link between category and routing,
-    would show. Categories are dealt out anew among the documents; where documents have parts of several categories
-    (turns), among the parts of each document. None without documents."""
+def without_link(record: RoutingRecord, code_T: np.ndarray, size: int, dispatched: bool,
+                 statistic: Callable[[np.ndarray], np.ndarray], times: int = 100, seed: int = 0) -> float | None:
+    """What a statistic would be, mean over layers, if category and routing had nothing to do with each other.
+
+    Every category is given the routing ratio of all of them, and the noise that its documents really have: the deviation of
+    each of its documents from the category's own ratio, with a random sign (the wild bootstrap of Wu 1986, for documents of
+    unequal length). Documents of a category differ by more than their tokens' number explains, so this is more than the
+    noise of uniform routing. Categories of a single document are left out; None if fewer than two others are left.
+    """
     if record.documents_T is None:
         return None
     counted_T = code_T >= 0
     document_T = np.unique(record.documents_T, return_inverse=True)[1]
     parts, part_T = np.unique(document_T[counted_T] * size + code_T[counted_T], return_inverse=True)
-    random = np.random.default_rng(seed)
-    document_U, label_U = parts // size, parts % size
-    within_U = document_U if len(np.unique(document_U)) < len(parts) else np.zeros_like(document_U)
-    label_RU = np.stack([label_U[np.lexsort((random.random(len(parts)), within_U))] for _ in range(times)])
-    place_RU = label_RU + size * np.arange(times)[:, None]
-    dealt = scipy.sparse.coo_array((np.ones(place_RU.size), (place_RU.ravel(), np.tile(np.arange(len(parts)), times))),
+    label_U = parts % size
+    documents_C = np.bincount(label_U, minlength=size)
+    several_C = documents_C > 1
+    if several_C.sum() < 2:
+        return None
+    sign_RU = np.random.default_rng(seed).choice([-1.0, 1.0], (times, document_T.max() + 1))[:, parts // size]
+    place_RU = label_U + size * np.arange(times)[:, None]
+    signs = scipy.sparse.coo_array((sign_RU.ravel(), (place_RU.ravel(), np.tile(np.arange(len(parts)), times))),
                                    shape=(times * size, len(parts))).tocsr()
+    grow_C = np.sqrt(documents_C / np.maximum(documents_C - 1, 1))  # deviations from a mean that was fitted to them
     found = []
     for layer in range(len(record.layers)):
         codes = pair_codes(part_T, chosen_TK(record, layer, dispatched)[counted_T], record.num_experts)
         counts_UE = count(codes, len(parts) * record.num_experts).reshape(len(parts), record.num_experts)
-        found.append(np.mean(statistic((dealt @ counts_UE.astype(np.float64)).reshape(times, size, record.num_experts))))
+        total_CE = np.zeros((size, record.num_experts))
+        for category in np.flatnonzero(several_C):
+            total_CE[category] = counts_UE[label_U == category].sum(axis=0)
+        own_UE = np.nan_to_num(ratios(total_CE))[label_U] * counts_UE.sum(axis=1, keepdims=True)
+        noise_RCE = (signs @ ((counts_UE - own_UE) * grow_C[label_U, None])).reshape(times, size, -1)
+        alike_CE = total_CE.sum(axis=1, keepdims=True) * ratios(total_CE.sum(axis=0))
+        found.append(np.mean(statistic((alike_CE + noise_RCE)[:, several_C])))
     return float(np.mean(found))
