@@ -81,6 +81,8 @@ def get_config() -> ConfigDict:
                                       # Switch, OpenMoE), batch_prioritized (V-MoE); the last two look ahead
     moe.priority = "max"              # batch_prioritized sorts by the highest, or the sum, of a token's K scores
     moe.router_init = 0.02            # standard deviation of the router's weights
+    moe.router_dtype = "float32"      # bfloat16 rounds the router's input, weights and logits, whatever model.dtype is; only
+                                      # to see what that does (Switch §2.4, ST-MoE §3.4)
     moe.router_jitter = 0.0           # training noise: router input times U(1-x, 1+x) (Switch: 0.01)
     moe.router_noise = 0.0            # training noise: logits plus N(0, (x/E)²) (V-MoE: 1.0)
     moe.dispatch = "gather"           # training: gather or einsum (buffers of fixed capacity), dropless, reference

@@ -246,7 +246,7 @@ def refusal(moe):
 
 @pytest.mark.parametrize("field, value", [
     ("balance_weight", 0.01), ("router_z_weight", 1e-4), ("bias_update_rate", 1e-3), ("router_jitter", 0.01),
-    ("renormalize", True), ("gate_order", "top_k_then_softmax"), ("fill_order", "batch_prioritized")])
+    ("router_dtype", "bfloat16"), ("renormalize", True), ("gate_order", "top_k_then_softmax"), ("fill_order", "batch_prioritized")])
 def test_settings_of_a_learned_router_are_refused(field, value):
     message = refusal(dataclasses.replace(hash_config(), **{field: value}))
     assert message.startswith(f"moe.{field}={value!r}") and "set it to" in message

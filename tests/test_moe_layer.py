@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -144,6 +145,31 @@ def test_jitter_moves_the_router_and_not_what_the_experts_see():
     calm, calm_statistics = apply(module, x_BSD, RoutingMode("dropless", 1.0))
     assert statistics.router.logit_max.max() != calm_statistics.router.logit_max.max()
     np.testing.assert_array_equal(noisy, calm)
+
+
+# Precision
+
+
+def test_the_router_in_bfloat16_rounds_its_input_its_weights_and_its_logits_and_nothing_else():
+    x_BSD, mode = draw(2, 6, 16), RoutingMode("dropless", 1.0, record=True)
+    round_16 = lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float64)
+    gates = {}
+    for dtype in ("float32", "bfloat16"):
+        module = layer(tiny.config(moe_router_dtype=dtype))
+        _, statistics = apply(module, x_BSD, mode)
+        gates[dtype] = np.sort(statistics.routing_G.gate_N.reshape(2, 6, 2))
+    logits_BSE = round_16(round_16(x_BSD) @ round_16(module.w_router_DE[...]))
+    p_BSE = np.exp(logits_BSE) / np.exp(logits_BSE).sum(-1, keepdims=True)
+    np.testing.assert_allclose(gates["bfloat16"], np.sort(p_BSE)[..., -2:], rtol=1e-5)
+    assert np.abs(gates["float32"] - gates["bfloat16"]).max() > 1e-3
+
+
+def test_the_experts_see_what_the_router_rounds_for_itself():
+    """One expert, whose gate is always 1."""
+    x_BSD = draw(2, 6, 16)
+    outputs = [apply(layer(tiny.config(moe_num_experts=1, moe_experts_per_token=1, moe_router_dtype=dtype)), x_BSD,
+                     RoutingMode("dropless", 1.0))[0] for dtype in ("float32", "bfloat16")]
+    np.testing.assert_array_equal(*outputs)
 
 
 # What is reported

@@ -41,6 +41,7 @@ class MoEConfig:
     fill_order: str = "token_major"
     priority: str = "max"
     router_init: float = 0.02
+    router_dtype: str = "float32"
     router_jitter: float = 0.0
     router_noise: float = 0.0
     dispatch: str = "gather"
@@ -102,6 +103,7 @@ class MoEConfig:
         choice("moe", self, "score", ("softmax", "sigmoid"))
         choice("moe", self, "gate_order", ("softmax_then_top_k", "top_k_then_softmax"))
         choice("moe", self, "gate_on", ("output", "input"))
+        choice("moe", self, "router_dtype", ("float32", "bfloat16"))
         choice("moe", self, "second_policy", ("all", "none", "threshold", "random"))
         choice("moe", self, "group_score", ("max", "top_sum"))
         choice("moe", self, "priority", ("max", "sum"))

@@ -323,13 +323,20 @@ class MoELayer(nnx.Module):
 
     def _logits(self, x_GTD, key_G, router):
         """Router logits, and those of its noise (None in evaluation), by their names in RouterInputs; in fp32 whatever
-        the compute dtype (A5): the TPU's default product would round to bf16."""
-        x_GTD = x_GTD.astype(jnp.float32)
+        the compute dtype (A5): the TPU's default product would round to bf16. ``moe.router_dtype`` may ask for that."""
+        x_GTD, rounded = x_GTD.astype(jnp.float32), lambda x: x
+        if self.config.moe.router_dtype == "bfloat16":
+            # Not a cast there and back, which XLA takes for excess.
+            rounded = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
         if key_G is not None and self.config.moe.router_jitter > 0:
             jitter = functools.partial(multiplicative_jitter, epsilon=self.config.moe.router_jitter)
             # Folded, so that jitter and a router that draws do not share their numbers.
             x_GTD = over_groups(lambda x, key: jitter(x, jax.random.fold_in(key, 1)), x_GTD, key_G)
-        product = functools.partial(jnp.einsum, "GTD,DE->GTE", x_GTD, precision=jax.lax.Precision.HIGHEST)
+        x_GTD = rounded(x_GTD)
+
+        def product(w_DE):
+            return rounded(jnp.einsum("GTD,DE->GTE", x_GTD, rounded(w_DE), precision=jax.lax.Precision.HIGHEST))
+
         if not router.learned:
             return {"logits_TE": None}
         if not hasattr(self, "w_router_DE"):

@@ -104,7 +104,7 @@ def load_table(path: str, num_experts: int) -> np.ndarray:
 
 # Settings that have no meaning where nothing is learned, and the only value allowed.
 _WITHOUT_MEANING = (("balance_weight", 0.0), ("router_z_weight", 0.0), ("bias_update_rate", 0.0),
-                    ("router_jitter", 0.0), ("renormalize", False), ("gate_order", "softmax_then_top_k"))
+                    ("router_jitter", 0.0), ("router_dtype", "float32"), ("renormalize", False), ("gate_order", "softmax_then_top_k"))
 
 
 def check_hash(moe: MoEConfig) -> None:
