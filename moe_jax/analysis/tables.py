@@ -16,8 +16,9 @@ import numpy as np
 if TYPE_CHECKING:
     from moe_jax.analysis.recording import RoutingRecord
 
-# What an analysis reads: one record, or one per saved step of the same tokens, in ascending order of their steps.
-NEEDS = ("record", "steps")
+# What an analysis reads: one record; one per saved step of the same tokens, in ascending order of their steps; or one of a
+# pass in which experts had buffers, so that choices could be dropped.
+NEEDS = ("record", "steps", "buffers")
 
 
 class MissingArray(ValueError):
@@ -94,7 +95,8 @@ class Analysis:
       source: the paper and the figure or table that it reproduces.
       compute: records -> Table; raises MissingArray where a record lacks what it reads.
       draw: Table -> Matplotlib Figure.
-      needs: "record": the newest record alone counts. "steps": two or more records of the same tokens.
+      needs: "record": the newest record alone counts. "steps": two or more records of the same tokens. "buffers": the newest
+        record, which should be of a dispatch with buffers; the report records such a pass beside a dropless one.
     """
 
     name: str
