@@ -1,7 +1,8 @@
 """All analyses of recorded routing: one line each. To add one: docs/analysis.md."""
 
 from moe_jax.analysis import (
-    balance, cache, load_figures, positions, prediction, specialisation, spread, vocabulary)
+    balance, cache, coactivation, load_figures, over_training, positions, prediction, repeats, specialisation, spread,
+    token_classes, vocabulary)
 from moe_jax.analysis.tables import Analysis, Headline, MissingArray, Table, to_csv
 
 __all__ = ["ANALYSES", "Analysis", "Headline", "MissingArray", "Table", "to_csv"]
@@ -15,6 +16,10 @@ ANALYSES: tuple[Analysis, ...] = (
              vocabulary.routing_by_token, specialisation.draw_routing_by_category),
     Analysis("top_tokens", "What each expert gets most often", "OpenMoE, tables 9 and 15",
              vocabulary.top_tokens, vocabulary.draw_top_tokens),
+    Analysis("token_over_training", "The same tokens over training", "OpenMoE, figure 11",
+             over_training.token_over_training, over_training.draw_token_over_training, needs="steps"),
+    Analysis("token_stability", "When tokens find their experts", "OpenMoE, figure 11, as a score",
+             over_training.token_stability, over_training.draw_token_stability, needs="steps"),
     Analysis("drops_by_position", "Dropped choices by position", "OpenMoE, figure 12",
              positions.drops, positions.draw_drops, needs="buffers"),
     Analysis("drops_by_source", "Dropped choices by domain", "OpenMoE, figure 12",
@@ -25,10 +30,20 @@ ANALYSES: tuple[Analysis, ...] = (
              spread.std_by_token, spread.draw_std_over_experts),
     Analysis("routing_by_turn", "Conversations of one and of several turns", "OpenMoE, section 4",
              specialisation.routing_by_turn, specialisation.draw_routing_by_turn),
+    Analysis("saturation", "When routing is decided", "OLMoE, equation 6: router saturation",
+             over_training.saturation, over_training.draw_saturation, needs="steps"),
+    Analysis("coactivation", "Experts chosen together", "OLMoE, equation 7: co-activation",
+             coactivation.coactivation, coactivation.draw_coactivation),
+    Analysis("coactivation_across_layers", "Experts of neighbouring layers chosen together", "OLMoE, equation 7, across layers",
+             coactivation.coactivation_across_layers, coactivation.draw_coactivation),
     Analysis("domain_specialisation", "Domain specialisation", "OLMoE, equation 8",
              specialisation.domain_specialisation, specialisation.draw_domain_specialisation),
     Analysis("vocabulary_specialisation", "Vocabulary specialisation", "OLMoE, equation 9",
              vocabulary.vocabulary_specialisation, vocabulary.draw_vocabulary_specialisation),
+    Analysis("token_classes", "Kinds of token", "ST-MoE, section 7: entropy of routed tokens",
+             token_classes.token_classes, token_classes.draw_token_classes),
+    Analysis("repeated_choices", "The same expert again", "Mixtral, table 5",
+             repeats.repeated_choices, repeats.draw_repeated_choices),
     Analysis("balance", "Balance of the load", "Wang et al. 2024, table 2: MaxVio",
              balance.balance, load_figures.balance),
     Analysis("expert_loads", "Load of every expert", "DeepSeek-V3, figure 9",

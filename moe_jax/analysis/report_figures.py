@@ -255,12 +255,14 @@ def entropy_over_training(steps: np.ndarray, entropy_NL: np.ndarray, layers: Seq
     return figure
 
 
-def domains_by_expert(share_PLE: np.ndarray, domains: Sequence[str], layers: Sequence[int], kind: str = "domain") -> Any:
+def domains_by_expert(share_PLE: np.ndarray, domains: Sequence[str], layers: Sequence[int], kind: str = "domain",
+                      titles: Sequence[str] | None = None) -> Any:
     """Heat maps, one per MoE layer: domains on y, experts on x, colour = load relative to fair share.
 
     Args:
       share_PLE: share of each domain's choices that goes to each expert; rows sum to 1, or are NaN and stay white.
       kind: what the rows are.
+      titles: of the heat maps; None: the number of the layer.
     """
     count, experts = share_PLE.shape[1:]
     load_PLE = share_PLE * experts
@@ -290,7 +292,7 @@ def domains_by_expert(share_PLE: np.ndarray, domains: Sequence[str], layers: Seq
                     fontsize=7.5,
                     color="white" if strong else INK,
                 )
-        panel_title(axis, f"layer {layers[index]}")
+        panel_title(axis, f"layer {layers[index]}" if titles is None else titles[index])
         axis.set_yticks(range(len(domains)), [plain(domain) for domain in domains])
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelbottom=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.analysis.report_figures import ACCENT, EVALUATION, TRAIN, new_figure
+from moe_jax.analysis.report_figures import ACCENT, EVALUATION, INK, TRAIN, new_figure
 
 SERIES = (TRAIN, EVALUATION, ACCENT, "#8d6a9f", "#d9a441", "#52606d", "#7fb069", "#b56576")
 MOST_PANELS = 4
@@ -79,3 +79,9 @@ def few_hundreds(axis: Any) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def legend_above(figure: Any, *axes: Any) -> None:
+    """One legend for all of the axes, above them; a label that several have is shown once."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(found.values(), found, loc="outside upper left", ncols=6, fontsize=8.5, frameon=False, labelcolor=INK)

@@ -1,0 +1,154 @@
+"""Which experts are chosen together: OLMoE's co-activation, within a layer and from one MoE layer to the next."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.analysis.bootstrap import bootstrap
+from moe_jax.analysis.recording import RoutingRecord
+from moe_jax.analysis.report_figures import INK, panel_title
+from moe_jax.analysis.routing_counts import chosen_TK, count, ratios
+from moe_jax.analysis.routing_figures import panels, shown
+from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
+
+_BLOCKS, _ROWS = 128, 1 << 15  # blocks of documents that are resampled; tokens in one matrix product
+
+
+def coactivation(records: Sequence[RoutingRecord]) -> Table:
+    """Co-activation of experts i and j of a layer (OLMoE, equation 7): N_ij / N_i, of the tokens that choose i the share that
+    choose j too. All pairs of a token's experts are counted; OLMoE's own code counts pairs that are adjacent in rank only.
+
+    Returns:
+      Columns layer, expert, other, together (N_ij), ratio (NaN if nobody chooses i), uniform ((k-1)/(E-1): uniform sets).
+
+    Raises:
+      MissingArray: every token chooses one expert.
+    """
+    record = latest(records)
+    if record.experts_per_token < 2:
+        raise MissingArray("Every token chooses one expert, so that no two are chosen together; needs moe.experts_per_token "
+                           "of 2 or more")
+    pairs = [(layer, layer) for layer in range(len(record.layers))]
+    return _table(record, pairs, (record.experts_per_token - 1) / max(record.num_experts - 1, 1), "of the same layer")
+
+
+def coactivation_across_layers(records: Sequence[RoutingRecord]) -> Table:
+    """:func:`coactivation` of expert i of a layer with expert j of the next MoE layer: N_ij / N_i, of the tokens that choose
+    i the share that choose j there. Uniform: k/E.
+
+    Raises:
+      MissingArray: the record has one layer.
+    """
+    record = latest(records)
+    if len(record.layers) < 2:
+        raise MissingArray("The record has one MoE layer; needs two or more")
+    pairs = [(layer, layer + 1) for layer in range(len(record.layers) - 1)]
+    return _table(record, pairs, record.experts_per_token / record.num_experts, "of the next MoE layer")
+
+
+def _table(record: RoutingRecord, pairs: list[tuple[int, int]], uniform: float, where: str) -> Table:
+    experts, rows, sums, unlinked = record.num_experts, [], [], []
+    within = pairs[0][0] == pairs[0][1]
+    block_T, random = _blocks(record), np.random.default_rng(0)
+    one, other = (index.ravel() for index in np.indices((experts, experts)))
+    kept = one != other if within else np.ones(len(one), bool)
+    for first, second in pairs:
+        a_TK, b_TK = chosen_TK(record, first), chosen_TK(record, second)
+        sums.append(pair_counts(a_TK, b_TK, experts, block_T))
+        unlinked.append(pair_counts(*_unlinked(a_TK, b_TK, within, random), experts))
+        together, chosen = sums[-1].sum(axis=0).ravel()[kept], count(a_TK, experts)[one[kept]]
+        ratio = np.divide(together, chosen, out=np.full(len(chosen), np.nan), where=chosen > 0)
+        rows.append((np.full(len(chosen), record.layers[first]), one[kept], other[kept], together.astype(np.int64), ratio))
+    columns = dict(zip(("layer", "expert", "other", "together", "ratio"), map(np.concatenate, zip(*rows))))
+    columns["uniform"] = np.full(len(columns["layer"]), uniform)
+    partners = record.experts_per_token - within
+    name = f"share of an expert's tokens that its closest expert {where} has too, mean over experts and layers"
+    value = _headline(name, partners, np.stack(sums, axis=1), np.stack(unlinked, axis=1), within)
+    caption = (
+        f"Of the tokens that choose an expert (row) the share that also choose each expert {where} (column); {record.num_tokens:,} "
+        f"tokens. White: {100 * uniform:.3g} %, uniform routing; a row adds up to {100 * partners} %. Specialisation: single dark "
+        f"cells, experts that work together. A red column is an expert that all tokens choose often.")
+    return Table(columns, caption, (value,), {"across": not within})
+
+
+def pair_counts(a_TK: np.ndarray, b_TK: np.ndarray, experts: int, block_T: np.ndarray | None = None) -> np.ndarray:
+    """How many tokens choose expert i in `a_TK` and j in `b_TK`, for each block of tokens, fp64 ``[blocks, E, E]``.
+
+    A token's sets as rows of zeros and ones, multiplied: exact in fp32 for fewer than 2²⁴ tokens at once.
+    """
+    order = np.arange(len(a_TK)) if block_T is None else np.argsort(block_T, kind="stable")
+    sizes = [len(a_TK)] if block_T is None else np.bincount(block_T)
+    sums_BEE, end = np.zeros((len(sizes), experts, experts)), 0
+    for block, size in enumerate(sizes):
+        begin, end = end, end + int(size)
+        for start in range(begin, end, _ROWS):
+            rows = order[start:min(start + _ROWS, end)]
+            sums_BEE[block] += _sets(a_TK[rows], experts).T @ _sets(b_TK[rows], experts)
+    return sums_BEE
+
+
+def _sets(chosen_TK: np.ndarray, experts: int) -> np.ndarray:
+    sets_TE = np.zeros((len(chosen_TK), experts + 1), np.float32)  # the last column takes -1
+    np.put_along_axis(sets_TE, np.where(chosen_TK >= 0, chosen_TK, experts), 1.0, axis=1)
+    return sets_TE[:, :experts]
+
+
+def _blocks(record: RoutingRecord) -> np.ndarray:
+    """A block of documents for each token, 0, 1, … ``[T]``."""
+    if record.documents_T is None:
+        return np.zeros(record.num_tokens, int)
+    return np.unique(record.documents_T, return_inverse=True)[1] % _BLOCKS
+
+
+def _unlinked(a_TK: np.ndarray, b_TK: np.ndarray, within: bool, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The same choices dealt out anew among the tokens: the other layer's sets, or within a layer each rank by itself."""
+    if not within:
+        return a_TK, b_TK[random.permutation(len(b_TK))]
+    dealt_TK = random.permuted(a_TK, axis=0)
+    return dealt_TK, dealt_TK
+
+
+def _headline(name: str, partners: int, sums_BPEE: np.ndarray, unlinked_1PEE: np.ndarray, within: bool) -> Headline:
+    """`partners` times the largest share of a row of pairs, mean over rows and layers (P pairs of layers)."""
+    def closest(sums_RPEE: np.ndarray) -> np.ndarray:
+        pairs_RPEE = sums_RPEE * ~np.eye(sums_RPEE.shape[-1], dtype=bool) if within else sums_RPEE
+        return partners * np.nanmean(ratios(pairs_RPEE).max(axis=-1), axis=(1, 2))
+
+    interval = bootstrap(sums_BPEE, closest, samples=100)
+    value, reference = float(interval.value), float(closest(unlinked_1PEE)[0])
+    margin = float(interval.high - interval.low) / 2  # around the value: resampling raises a maximum
+    return Headline(name, value, reference) if np.isnan(margin) else Headline(name, value, reference, value - margin, value + margin)
+
+
+def draw_coactivation(table: Table) -> Any:
+    from matplotlib.colors import TwoSlopeNorm
+
+    layers = shown(table["layer"])
+    experts, uniform = len(np.unique(table["expert"])), 100 * table["uniform"][0]
+    figure, axes = panels(len(layers), 3.6, sharex=True, sharey=True)
+    highest = max(100 * float(np.nanmax(table["ratio"])), 1.5 * uniform, 1e-6)
+    norm = TwoSlopeNorm(vcenter=uniform, vmin=0.0, vmax=highest)
+    for axis, layer in zip(axes, layers):
+        rows = table.where(layer=layer)
+        ratio_EE = np.full((experts, experts), np.nan)
+        ratio_EE[rows["expert"], rows["other"]] = 100 * rows["ratio"]
+        axis.grid(False)
+        axis.set_facecolor("#c9ced6")  # an expert with itself, or that nobody chooses
+        image = axis.imshow(ratio_EE, cmap="RdBu_r", norm=norm, interpolation="nearest", aspect="auto")
+        if experts <= 8:
+            for (row, column), value in np.ndenumerate(ratio_EE):
+                if np.isfinite(value):
+                    axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7.5,
+                              color="white" if abs(norm(value) - 0.5) > 0.3 else INK)
+        for side in (axis.xaxis, axis.yaxis):
+            side.get_major_locator().set_params(integer=True)
+        across = f"layer {layer} (rows) and the next MoE layer (columns)" if table.facts["across"] else f"layer {layer}"
+        panel_title(axis, across)
+        axis.set(xlabel="other expert", ylabel="expert")
+    bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=40)
+    bar.set_label("tokens that choose both (% of the row's expert)", fontsize=9, color=INK)
+    bar.set_ticks([0, uniform / 2, uniform, (uniform + highest) / 2, highest])
+    bar.ax.yaxis.set_major_formatter("{x:.3g}")
+    bar.outline.set_visible(False)
+    return figure
