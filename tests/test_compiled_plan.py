@@ -1,5 +1,6 @@
 """Real steps of a tiny model compiled for four TPU chips that are not there: memory, FLOPs, collectives, refusals."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import tiny
 
 from moe_jax.config import ConfigError
 from moe_jax.planning.compiled import _refused, compile_step
+from moe_jax.planning.formulas import estimate
 from moe_jax.planning.slices import PlanError, parse_slice
 from moe_jax.training.flops import forward_flops_per_token, hardware_flops_per_token
 
@@ -68,6 +70,24 @@ def test_the_collectives_of_the_mixtures_are_exchanges(compiled):
     # In generation nothing is dropped: rows go by ragged exchanges, which a TPU has (row_exchange 'auto').
     kinds = {c["kind"] for c in compiled["decode"]["collectives"]}
     assert "ragged-all-to-all" in kinds
+
+
+@needs_libtpu
+def test_formulas_match_the_program_compiled_for_tpus(compiled):
+    """Gathered weights and exchanged tokens are exact in bytes. Gradients: those over `fsdp` are scattered sums, for which
+    the compiler takes whole ones here and there; a sum of two devices sends as much as two scattered ones."""
+    guess = estimate(plan_tpu.config(), parse_slice(plan_tpu.SLICE), plan_tpu.SIZES)
+
+    def sent(found, *kinds, axes):
+        return sum(c["count"] * c["bytes"] for c in found if c["kind"] in kinds and tuple(c["axes"]) == axes)
+
+    ours, theirs = [dataclasses.asdict(each) for each in guess.collectives], compiled["train"]["collectives"]
+    for kind, axes in (("all-gather", ("fsdp",)), ("all-to-all", ("expert",))):
+        assert sent(ours, kind, axes=axes) == sent(theirs, kind, axes=axes) > 0
+    both = ("fsdp", "expert")
+    assert sent(ours, "all-reduce", axes=both) == pytest.approx(sent(theirs, "all-reduce", axes=both), rel=0.01)
+    scattered = lambda found: sent(found, "reduce-scatter", axes=("fsdp",)) + sent(found, "all-reduce", axes=("fsdp",)) / 2
+    assert scattered(ours) == pytest.approx(scattered(theirs), rel=0.01)
 
 
 @needs_libtpu

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 from test_dispatch import D, F, arbitrary, assert_equal, expected, from_choices, problem, random_choices
 
-from moe_jax.config import ConfigError, resolve
+from moe_jax.config import ConfigError, MoEConfig, resolve
 from moe_jax.dispatch import dispatcher, expert_parallel
 from moe_jax.nn.experts import Experts
 from moe_jax.routing.assignment import Routing
@@ -87,7 +87,7 @@ def run(mesh, dispatch, options, capacity, lists, x_GTD, weights, dy_GTD, bias=N
         def loss(x_GTD, gate_GN, weights, token_GN, expert_GN, dy_GTD):
             routing_G = Routing(token_GN, expert_GN, gate_GN, None, lists.choices, lists.order, lists.gate_on)
             weights = {name: gathered(weight, letters[name], x_GTD.dtype) for name, weight in weights.items()}
-            y_GTD, kept_GN = dispatcher(dispatch, **options)(x_GTD, routing_G, experts.function, weights, E, capacity)
+            y_GTD, kept_GN = dispatcher(dispatch, MoEConfig(**options))(x_GTD, routing_G, experts.function, weights, E, capacity)
             return jnp.sum(y_GTD * dy_GTD), (y_GTD, kept_GN)
 
         tokens = lambda a: jax.device_put(a, NamedSharding(mesh, P(TOKEN_AXES)))
@@ -128,28 +128,27 @@ def test_gates_on_the_input_and_biases_count_once(way, ragged):
 
 
 def test_the_rows_beyond_a_round_do_travel_in_further_ones():
-    """Without a second round three of each device's eleven rows for one expert would be missing."""
-    how = expert_parallel.Exchange(ragged=False, factor=0.3)
-    lists, counted = LISTS["one expert takes all"], []
+    """35 rows for one device, 8 at once: without further rounds 27 of each device's rows would be missing."""
+    T, counted = 35, []
+    lists, data = from_choices(np.tile(np.array([3, E]), (G, T, 1)), "choice_major"), problem(G, T, E)
     original = expert_parallel._padded_round
 
     def counting(number, *args, **kwargs):
         jax.debug.callback(lambda n: counted.append(int(n)), number)
         return original(number, *args, **kwargs)
 
-    assert how.factor == WAYS["dropless, padded, in rounds"][1]["row_exchange_factor"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expert_parallel, "_padded_round", counting)
-        run(MESHES["expert 8"], *WAYS["dropless, padded, in rounds"], 0, lists, *problem(G, T, E))
-    # 11 rows for one device, 8 at once.
-    assert set(counted) == {0, 1}
+        found = run(MESHES["expert 8"], *WAYS["dropless, padded, in rounds"], 0, lists, *data)
+    assert set(counted) == {0, 1, 2, 3, 4}
+    assert_equal(found, expected("dropless", E, 0, lists, *data))
 
 
 def test_ragged_rows_are_refused_where_xla_has_no_such_exchange():
     with jax.set_mesh(MESHES["expert 8"]):
         assert not expert_parallel.exchanges_ragged()
         with pytest.raises(ConfigError, match="row_exchange='ragged': XLA has no ragged all-to-all for cpu"):
-            dispatcher("dropless", row_exchange="ragged")
+            dispatcher("dropless", MoEConfig(row_exchange="ragged"))
 
 
 @pytest.mark.parametrize("field, value", [("row_exchange", "ragged"), ("row_exchange_factor", 3.0)])

@@ -18,7 +18,7 @@ import pytest
 import tiny
 from test_grouped_matmul import numpy_grouped_matmul
 
-from moe_jax.config import ConfigError, resolve
+from moe_jax.config import ConfigError, MoEConfig, resolve
 from moe_jax.dispatch import dispatcher, grouped_kernels, grouped_matmul as grouped
 from moe_jax.dispatch.grouped_kernels import has_tokamax, megablox, row_tile, tokamax, width_tile
 from moe_jax.dispatch.grouped_matmul import IMPLEMENTATIONS, choose, grouped_matmul
@@ -268,7 +268,7 @@ def test_dropless_by_products_equals_dropless_by_blocks():
 
     def loss(x, gate, weights, name):
         routing = Routing(jnp.asarray(token_GN), jnp.asarray(expert_GN), gate, None, choices, "token_major")
-        y, kept = dispatcher("dropless", name)(x, routing, expert, weights, experts, 0)
+        y, kept = dispatcher("dropless", MoEConfig(grouped_matmul=name))(x, routing, expert, weights, experts, 0)
         return jnp.sum(y * dy), y
 
     found = {}

@@ -1,7 +1,9 @@
 """The report: complete for a complete run, honest about what an interrupted one lacks, safe for any text."""
 
+import errno
 import json
 import math
+import pathlib
 import re
 
 import numpy as np
@@ -238,7 +240,12 @@ def test_no_run_directory_is_one_line(tmp_path):
 
 def test_a_failed_write_keeps_the_previous_report(tmp_path, monkeypatch):
     (tmp_path / "report.html").write_text("previous")
-    (tmp_path / "report.html.partial").mkdir()  # the write fails here, whoever runs the test
-    with pytest.raises(ReportError, match="Cannot write .*report.html"):
+
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "replace", full)
+    with pytest.raises(ReportError, match="Cannot write .*report.html: No space left on device"):
         write_report(tmp_path)
-    assert (tmp_path / "report.html").read_text() == "previous"
+    assert (tmp_path / "report.html").read_text() == "previous" and len(list(tmp_path.iterdir())) == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import files
 from moe_jax.analysis.report_figures import device_loads
 from moe_jax.config import Config, differences, resolve
 from moe_jax.dispatch.placement import Placement, imbalance, in_order, per_device_sums, place, renumber
@@ -248,18 +249,8 @@ def measured(counts_LE: np.ndarray, copies_LP: np.ndarray, placed: PlacedRun) ->
 
 
 def write_figure(path: pathlib.Path, placed: PlacedRun) -> None:
-    """Loads of the devices before and after, as a PNG; whole or not at all.
-
-    Raises:
-      PlacementError: it cannot be written.
-    """
+    """Loads of the devices before and after, as a PNG; whole or not at all. Raises FileError."""
     relative = lambda load_LX: None if load_LX is None else load_LX / np.maximum(load_LX.mean(axis=1, keepdims=True), 1e-300)
     figure = device_loads(relative(placed.load_before_LX()), relative(placed.load_LX()), placed.layers)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        figure.savefig(partial, format="png")
-        partial.replace(path)
-    except OSError as error:
-        raise PlacementError(f"Cannot write {path}: {error.strerror or error}. Choose another --out.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.whole(path) as file:
+        figure.savefig(file, format="png")

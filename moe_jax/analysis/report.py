@@ -6,9 +6,6 @@ the figures: report_figures.py; the look of the page: report_page.py.
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 import math
 import os
@@ -19,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import files
 from moe_jax.analysis import report_figures as figures
-from moe_jax.analysis.report_page import PAGE
+from moe_jax.analysis.report_page import escape, figure_block, page, png_of, table_block
 from moe_jax.analysis.run_directory import (
     Run,
     evaluation_layers,
@@ -61,15 +59,11 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
         raise ReportError(f"No run directory at {workdir}: give the workdir of a training run")
-    text = render(read_run(workdir))
-    path, partial = workdir / "report.html", workdir / "report.html.partial"
+    path = workdir / "report.html"
     try:
-        # Generated text may hold lone surrogates, which have no UTF-8.
-        partial.write_bytes(text.encode("utf-8", errors="replace"))
-        partial.replace(path)
-    except OSError as error:
-        advice = "Free some space, or copy the run to a directory that you may write to and report there"
-        raise ReportError(f"Cannot write {path}: {error.strerror or error}. {advice}") from error
+        files.write_text(path, render(read_run(workdir)))
+    except files.FileError as error:
+        raise ReportError(f"{error} Or copy the run to a directory that you may write to and report there.") from error
     return path
 
 
@@ -86,21 +80,9 @@ def render(run: Run) -> str:
             inner = f'<p class="missing">Could not be drawn: {escape(f"{type(error).__name__}: {error}")}.</p>'
         contents.append(f'<a href="#{anchor}">{escape(title)}</a>')
         body.append(f'<section id="{anchor}"><h2>{escape(title)}</h2>{inner}</section>')
-    return PAGE.format(
-        title=escape(f"{run.workdir.resolve().name} – training report"),
-        name=escape(run.workdir.resolve().name),
-        facts=" · ".join(escape(fact) for fact in _facts(run)),
-        problems=_problems(run),
-        headline=_headline(run),
-        contents=" ".join(contents),
-        body="\n".join(body),
+    return page(
+        "Training report", run.workdir.resolve().name, _facts(run), _problems(run), _headline(run), contents, body
     )
-
-
-def escape(value: Any) -> str:
-    """Text as HTML; control characters, which browsers drop, become their visible pictures (U+2400...)."""
-    visible = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match.group())), str(value))
-    return html.escape(visible)
 
 
 # Headline.
@@ -165,7 +147,7 @@ def _headline(run: Run) -> str:
         label = f"this model at capacity factor {capacity.get('capacity_factor', '?')} ({dropped:.1f} % dropped)"
         rows.append((label, capacity["ce"], capacity.get("bits_per_byte")))
     rows += [(name, found["ce"], found.get("bits_per_byte")) for name, found in baselines.items()]
-    table = _table(
+    table = table_block(
         ("", "nats per token", "bits per byte", "perplexity"),
         [(name, _digits(ce), _digits(bits), _digits(math.exp(min(ce, 50)), 2)) for name, ce, bits in rows],
         "numbers first",
@@ -301,7 +283,7 @@ def _domains(run: Run) -> str:
             (name, _digits(found.get("ce")), _digits(found.get("bits_per_byte")), _count(found.get("tokens")))
             for name, found in domains.items()
         ]
-        text = _table(("domain", "nats per token", "bits per byte", "held-out tokens"), rows)
+        text = table_block(("domain", "nats per token", "bits per byte", "held-out tokens"), rows)
     if "domain_load_PLE" not in run.routing:
         if not text:
             raise Missing("routing/evaluation.npz has no domain_load_PLE")
@@ -353,7 +335,7 @@ def _config(run: Run) -> str:
     tables = ""
     for name, values in groups.items():
         rows = [(key, _setting(value)) for key, value in values.items()]
-        tables += f"<div><h3>{escape(name)}</h3>{_table(None, rows, 'settings')}</div>"
+        tables += f"<div><h3>{escape(name)}</h3>{table_block(None, rows, 'settings')}</div>"
     return f'<div class="groups">{tables}</div>'
 
 
@@ -365,7 +347,7 @@ def _setting(value: Any) -> str:
 def _versions(run: Run) -> str:
     if not run.versions:
         raise Missing("versions.json is missing or empty")
-    return _table(None, [(name, "–" if value is None else value) for name, value in run.versions.items()], "settings")
+    return table_block(None, [(name, "–" if value is None else value) for name, value in run.versions.items()], "settings")
 
 
 SECTIONS: tuple[tuple[str, Callable[[Run], str]], ...] = (
@@ -402,19 +384,8 @@ def _per_step(run: Run) -> str:
 
 
 def _figure(figure: Any, caption: str, how_to_read: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<figure><div class="scroll"><img alt="{escape(how_to_read)}" src="data:image/png;base64,{data}"></div>'
-        f"<figcaption>{escape(caption)} <em>How to read it:</em> {escape(how_to_read)}</figcaption></figure>"
-    )
-
-
-def _table(header: Sequence[str] | None, rows: Sequence[Sequence[Any]], kind: str = "numbers") -> str:
-    head = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>" if header else ""
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}">{head}{body}</table></div>'
+    text = f"{escape(caption)} <em>How to read it:</em> {escape(how_to_read)}"
+    return figure_block(png_of(figure), how_to_read, text)
 
 
 def _digits(value: Any, digits: int = 3) -> str:

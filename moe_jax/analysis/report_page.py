@@ -1,4 +1,11 @@
-"""The page around the report: its HTML frame and its style. Nothing is loaded from anywhere else."""
+"""The page around a report: its HTML frame, its style and its parts. Nothing is loaded from anywhere else."""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --paper: #ffffff; --accent: #2b5f8a; }
@@ -65,7 +72,7 @@ footer { color: var(--muted); font-size: .85rem; text-align: center; }
   } nav { display: none; } }
 """
 
-PAGE = (
+_PAGE = (
     """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -78,7 +85,7 @@ PAGE = (
 </head>
 <body>
 <main>
-<header><div class="kind">Training report</div><h1>{name}</h1><p class="facts">{facts}</p></header>
+<header><div class="kind">{kind}</div><h1>{name}</h1><p class="facts">{facts}</p></header>
 {problems}
 <div class="headline">{headline}</div>
 <nav>{contents}</nav>
@@ -89,3 +96,39 @@ PAGE = (
 </html>
 """
 )
+
+
+def page(kind: str, name: str, facts: Sequence[str], problems: str, headline: str, contents: Sequence[str],
+         body: Sequence[str]) -> str:
+    """The whole page; `kind`, `name` and `facts` are text, everything else is HTML."""
+    return _PAGE.format(
+        kind=escape(kind), title=escape(f"{name} – {kind.lower()}"), name=escape(name),
+        facts=" · ".join(escape(fact) for fact in facts), problems=problems, headline=headline,
+        contents=" ".join(contents), body="\n".join(body))
+
+
+def escape(value: Any) -> str:
+    """Text as HTML; control characters, which browsers drop, become their visible pictures (U+2400...)."""
+    visible = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match.group())), str(value))
+    return html.escape(visible)
+
+
+def png_of(figure: Any) -> bytes:
+    """A Matplotlib figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def figure_block(png: bytes, alternative: str, caption: str) -> str:
+    """The picture inside the page, with its text for those who do not see it and its caption (HTML)."""
+    data = base64.b64encode(png).decode()
+    return (f'<figure><div class="scroll"><img alt="{escape(alternative)}" src="data:image/png;base64,{data}"></div>'
+            f"<figcaption>{caption}</figcaption></figure>")
+
+
+def table_block(header: Sequence[str] | None, rows: Sequence[Sequence[Any]], kind: str = "numbers") -> str:
+    """Rows of text as a table; `kind` is a class of the style: numbers (right-aligned but for the first column), settings."""
+    head = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>" if header else ""
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table class="{kind}">{head}{body}</table></div>'

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from moe_jax import files
 from moe_jax.data.documents import SPLITS, TRAIN, VALIDATION, Corpus, CorpusError, fingerprint_of, with_splits
 from moe_jax.data.vocabularies import (
     SentencePieceVocabulary,
@@ -152,16 +153,8 @@ def prepare_vocabulary(config, corpus: Corpus, cache: str) -> Vocabulary:
     log.info("training a SentencePiece vocabulary of %d pieces on %s", size, corpus.name)
     documents = with_splits(corpus.documents(), config.validation_fraction)
     model = train_sentencepiece((document.text for document, split in documents if split == TRAIN), size)
-    with _errors_for_people(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".writing-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(model)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+    with files.whole(path) as file:
+        file.write(model)
     log.info("trained %s in %.1f s", path, time.monotonic() - started)
     return SentencePieceVocabulary.load(path)
 

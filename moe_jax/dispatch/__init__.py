@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from typing import Callable
 
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, MoEConfig
 from moe_jax.dispatch.capacity import by_einsum, by_gather
 from moe_jax.dispatch.chunks import in_chunks
 from moe_jax.dispatch.dropless import dropless
@@ -29,25 +29,23 @@ DISPATCHERS = {
 }
 
 
-def dispatcher(name: str, grouped_matmul: str = "auto", expert_parallelism: str = "compiler", row_exchange: str = "padded",
-               row_exchange_factor: float = 2.0, exchange_chunks: int = 1, expert_nodes: int = 1,
-               nodes_per_token: int = 0) -> Callable:
-    """The dispatcher of that name, with ``moe.grouped_matmul`` and the other options of :class:`moe_jax.config.MoEConfig`
-    that say who multiplies and how rows travel between devices; ``expert_nodes`` is ``mesh.expert_nodes`` and
-    ``nodes_per_token`` :attr:`moe_jax.config.Config.nodes_per_token`.
+def dispatcher(name: str, moe: MoEConfig = MoEConfig(), expert_nodes: int = 1, nodes_per_token: int = 0) -> Callable:
+    """The dispatcher of that name, with the options of ``moe`` that say who multiplies and how rows travel between devices.
+
+    ``expert_nodes`` is ``mesh.expert_nodes`` and ``nodes_per_token`` :attr:`moe_jax.config.Config.nodes_per_token`.
 
     Raises:
-      ConfigError: ``row_exchange='ragged'`` where the devices of the mesh in context have no ragged all-to-all.
+      ConfigError: ``moe.row_exchange='ragged'`` where the devices of the mesh in context have no ragged all-to-all.
     """
     if name == "reference":
         return reference
     if name != "dropless":
-        return in_chunks(dataclasses.replace(DISPATCHERS[name], expert_parallelism=expert_parallelism), exchange_chunks)
+        return in_chunks(dataclasses.replace(DISPATCHERS[name], expert_parallelism=moe.expert_parallelism), moe.exchange_chunks)
     exchange = None
-    if expert_parallelism != "none" and expert_devices() > 1:
-        ragged = row_exchange != "padded" and exchanges_ragged()
-        if row_exchange == "ragged" and not ragged:
+    if moe.expert_parallelism != "none" and expert_devices() > 1:
+        ragged = moe.row_exchange != "padded" and exchanges_ragged()
+        if moe.row_exchange == "ragged" and not ragged:
             raise ConfigError(f"moe.row_exchange='ragged': XLA has no ragged all-to-all for {lowering_platform()}; set it to "
                               f"'padded', or 'auto'.")
-        exchange = Exchange(ragged, row_exchange_factor, expert_nodes, nodes_per_token)
-    return in_chunks(functools.partial(dropless, grouped_matmul=grouped_matmul, exchange=exchange), exchange_chunks)
+        exchange = Exchange(ragged, moe.row_exchange_factor, expert_nodes, nodes_per_token)
+    return in_chunks(functools.partial(dropless, grouped_matmul=moe.grouped_matmul, exchange=exchange), moe.exchange_chunks)

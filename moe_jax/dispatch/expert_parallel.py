@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.dispatch.permutation import inverse, places_to_tokens, tokens_to_places
 from moe_jax.routing.assignment import Routing, assign_slots, assignments_per_expert
-from moe_jax.sharding import TOKEN_AXES, concrete_mesh, lowering_platform, varying_axes, varying_like, without_single_axes
+from moe_jax.sharding import TOKEN_AXES, concrete_mesh, varying_axes, varying_like, without_single_axes
 
 AXIS = "expert"
 

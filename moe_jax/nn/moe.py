@@ -357,9 +357,7 @@ def dispatcher_of(config: Config, name: str) -> Callable:
     Raises:
       ConfigError: the devices of the mesh in context cannot exchange rows as the config says.
     """
-    moe = config.moe
-    return dispatcher(name, moe.grouped_matmul, moe.expert_parallelism, moe.row_exchange, moe.row_exchange_factor,
-                      moe.exchange_chunks, config.mesh.expert_nodes, config.nodes_per_token)
+    return dispatcher(name, config.moe, config.mesh.expert_nodes, config.nodes_per_token)
 
 
 def part_of(routing: Routing, first: int, count: int, total: int) -> Routing:

@@ -2,7 +2,7 @@
 
 Parameters and optimizer state are exact: shapes and shardings of the real state. Floating-point operations and collectives
 follow from what the layers do (:mod:`moe_jax.planning.formula_collectives`). Activations are an estimate: which arrays live
-at the same time is the compiler's choice; tests/test_formulas.py says how near it comes.
+at the same time is the compiler's choice; docs/planning.md says how near it comes.
 """
 
 import dataclasses

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from moe_jax import files
 from moe_jax.analysis.report_figures import ACCENT, EVALUATION, INK, MUTED, TRAIN, new_figure, plain
 from moe_jax.planning.meshes import mesh_text
 from moe_jax.planning.plan import BY_FORMULA, COMPILED, Plan
 from moe_jax.planning.plan_table import GIB, seconds_text
-from moe_jax.planning.slices import PlanError
 
 _COLOURS = ("#3e7cb1", "#8fb8de", "#2a9d8f", "#e9c46a", "#c8553d", "#9aa5b1", "#6d597a", "#b5838d", "#52606d",
             "#90a955")
@@ -91,21 +89,6 @@ def search_figure(plans: Sequence[Plan], best: Plan | None) -> Any:
 
 
 def write_figure(figure: Any, path: pathlib.Path) -> None:
-    """Writes a PNG, whole or not at all.
-
-    Raises:
-      PlanError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                figure.savefig(file, format="png")
-            os.chmod(partial, 0o644)  # mkstemp's files are the user's alone
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
-    except OSError as error:
-        raise PlanError(f"Cannot write {path}: {error.strerror or error}. Choose another --out=….png.") from error
+    """Writes a PNG, whole or not at all. Raises FileError."""
+    with files.whole(path) as file:
+        figure.savefig(file, format="png")

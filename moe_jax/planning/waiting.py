@@ -21,28 +21,25 @@ class Waiting:
     Args:
       stream: where to write; stderr by default.
       every: seconds between signs of life, if not those.
-      enabled: False prints nothing.
     """
 
-    def __init__(self, stream: Any = None, every: float | None = None, enabled: bool = True):
+    def __init__(self, stream: Any = None, every: float | None = None):
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._every = every or (_TERMINAL_EVERY if self._terminal else _LOG_EVERY)
-        self._enabled = enabled
         self._text, self._since, self._left = "", 0.0, None
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="waiting", daemon=True)
 
     def __enter__(self) -> Waiting:
-        if self._enabled:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._ended.set()
-        if self._enabled:
-            self._thread.join()
-            self._clear()
+        self._thread.join()
+        if self._terminal:
+            print("\r\x1b[K", end="", file=self._stream, flush=True)
 
     def say(self, text: str, seconds_left: float | None = None) -> None:
         """What is waited for from now on; ``seconds_left``: how long everything will take, for an eta."""
@@ -52,20 +49,13 @@ class Waiting:
             self._left = None if seconds_left is None else now + seconds_left
             self._show(first=True)
 
-    def print(self, text: str) -> None:
-        """A line that stays."""
-        with self._lock:
-            self._clear()
-            if self._enabled:
-                print(text, file=self._stream, flush=True)
-
     def _run(self) -> None:
         while not self._ended.wait(self._every):
             with self._lock:
                 self._show()
 
     def _show(self, first: bool = False) -> None:
-        if not self._text or not self._enabled or self._ended.is_set():
+        if not self._text or self._ended.is_set():
             return
         now = time.monotonic()
         text = self._text if first else f"{self._text}  {duration(now - self._since)}"
@@ -75,7 +65,3 @@ class Waiting:
             print(f"\r\x1b[K{text}", end="", file=self._stream, flush=True)
         else:
             print(text, file=self._stream, flush=True)
-
-    def _clear(self) -> None:
-        if self._terminal and self._enabled:
-            print("\r\x1b[K", end="", file=self._stream, flush=True)

@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import os
 import pathlib
 import socket
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from moe_jax import files
 from moe_jax.config import Config, ConfigError, differences
 from moe_jax.data.batches import Data, join_rows, open_data
 from moe_jax.errors import UserError
@@ -58,9 +58,11 @@ class Run:
         """This process's rows of the training batch of a step: those of its devices; all of them if it is alone."""
         return join_rows([self.data.train.batch(step, rows) for rows in self._rows])
 
-    def validation_batches(self, max_batches: int | None) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of the validation batches."""
-        for parts in zip(*(self.data.validation.evaluation_batches(max_batches, rows) for rows in self._rows)):
+    def validation_batches(self, max_batches: int | None, objective: bool = False) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of the validation batches: of the text, or under the ``objective`` of training if it is
+        another than the causal one (:class:`moe_jax.data.batches.Data`)."""
+        source = self.data.objective_validation if objective else self.data.validation
+        for parts in zip(*(source.evaluation_batches(max_batches, rows) for rows in self._rows)):
             yield join_rows(parts)
 
     @functools.cached_property
@@ -72,44 +74,15 @@ class Run:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file, whole or not at all.
-
-    Raises:
-      RunError: the file cannot be written.
-    """
-    text = json.dumps(value, indent=2, default=str) + "\n"
-    _write(path, lambda file: file.write(text.encode()))
+    """Writes a JSON file of a run, whole or not at all; process 0 writes for all. Raises FileError."""
+    if jax.process_index() == 0:
+        files.write_json(path, value)
 
 
 def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an .npz file (and its folder), whole or not at all.
-
-    Raises:
-      RunError: the file cannot be written.
-    """
-    _write(path, lambda file: np.savez_compressed(file, **arrays))
-
-
-def _write(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Through a file beside it, so that a reader sees the old file or the new one. Process 0 writes for all."""
-    if jax.process_index() != 0:
-        return
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                write(file)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: pathlib.Path, error: OSError) -> RunError:
-    return RunError(f"Cannot write {path}: {error.strerror or error}. Free some space or choose a --workdir that you "
-                    f"may write to.")
+    """Writes an .npz file of a run, whole or not at all; process 0 writes for all. Raises FileError."""
+    if jax.process_index() == 0:
+        files.write_arrays(path, arrays)
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
@@ -177,7 +150,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     try:
         file = path.open("a+")
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise RunError(f"Cannot write {path}: {error.strerror or error}. Choose a --workdir that you may write to.") from error
     with file:
         _lock(file, workdir)
         yield
@@ -244,16 +217,7 @@ def require_equal_processes(config: Config, workdir: pathlib.Path, **options: An
     del found["platform"]  # hosts of one cluster may differ in their kernel
     environment = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     processes.require_equal("the settings of all processes", {
-        **settings, **found, **environment, **options, "workdir": str(workdir), "code of moe_jax": _code_fingerprint()})
-
-
-def _code_fingerprint() -> str:
-    """Of the package's source files as they are on this host, committed or not."""
-    package = pathlib.Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+        **settings, **found, **environment, **options, "workdir": str(workdir), "code of moe_jax": files.source_fingerprint()[:12]})
 
 
 def restore(run: Run, checkpointer: Checkpointer) -> Restored | None:
@@ -277,8 +241,9 @@ def require_checkpoint(workdir: pathlib.Path) -> None:
         raise RunError(f"{workdir} has no checkpoint yet; train it first: moe-jax train --workdir={workdir} …")
 
 
-def restore_params(run: Run, abstract: TrainState | None = None) -> tuple[Any, jax.Array, int]:
-    """Parameters (their running mean if the run keeps one), router bias and step of the newest good checkpoint.
+def restore_params(run: Run, abstract: TrainState | None = None, step: int | None = None) -> tuple[Any, jax.Array, int]:
+    """Parameters (their running mean if the run keeps one), router bias and step of the newest good checkpoint, or of the
+    one of ``step``.
 
     ``abstract`` says where they shall lie, if not on the run's mesh.
 
@@ -289,7 +254,7 @@ def restore_params(run: Run, abstract: TrainState | None = None) -> tuple[Any, j
     name = "ema" if run.config.training.ema_decay else "params"
     abstract = run.abstract_state() if abstract is None else abstract
     wanted = {key: value for key, value in abstract.items() if key in (name, "router_bias_LE")}
-    restored = Checkpointer(run.checkpoints, read_only=True).restore(wanted, only=tuple(wanted))
+    restored = Checkpointer(run.checkpoints, read_only=True).restore(wanted, step, only=tuple(wanted))
     if restored.metadata["vocabulary"] != run.data.vocabulary.fingerprint:
         raise CheckpointError(
             f"The checkpoint of step {restored.step} in {run.checkpoints} was trained with another vocabulary than "
