@@ -18,6 +18,7 @@ examples:
   moe-jax eval --workdir=workdir
   moe-jax generate --workdir=workdir --prompt='def main():'
   moe-jax report --workdir=workdir
+  moe-jax analyze --checkpoint=workdir --out=routing
   moe-jax place --workdir=workdir --devices=4 --redundant=4
   moe-jax upcycle --from=dense --config=configs/openmoe_tiny.py --workdir=upcycled
   moe-jax plan --config=configs/mixtral_8x7b.py --slice=v5p-128

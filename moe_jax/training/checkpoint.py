@@ -15,6 +15,7 @@ one that is being removed, `.replaced` an old version of a step that is being wr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ import jax
 
 from moe_jax.errors import UserError
 from moe_jax.training import processes
-from moe_jax.training.manifest import FORMAT, reason_of, verify, write_manifest
+from moe_jax.training.manifest import FORMAT, MANIFEST, reason_of, verify, write_manifest
 from moe_jax.training.named_arrays import describe, flatten, nest, orbax, parts, read_arrays, to_arrays
 
 STATE, STRUCTURE, METADATA = "state", "structure.json", "metadata.json"
@@ -125,6 +126,18 @@ class Checkpointer:
         """
         self._require(step)
         return _read_json(self._path(step) / METADATA)
+
+    def fingerprint(self, step: int) -> str:
+        """Hex digest of a step's manifest, hence of all its files; reads one small file.
+
+        Raises:
+          CheckpointError: there is no such step, or its manifest cannot be read.
+        """
+        self._require(step)
+        try:
+            return hashlib.sha256((self._path(step) / MANIFEST).read_bytes()).hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {self._path(step) / MANIFEST}: {reason_of(error)}") from error
 
     # Writing.
 
