@@ -30,6 +30,8 @@ ANALYSES: tuple[Analysis, ...] = (
              spread.std_by_token, spread.draw_std_over_experts),
     Analysis("routing_by_turn", "Conversations of one and of several turns", "OpenMoE, section 4",
              specialisation.routing_by_turn, specialisation.draw_routing_by_turn),
+    Analysis("drops_by_turn", "Dropped choices by turn", "OpenMoE, section 4",
+             positions.drops_by_turn, positions.draw_drops_by_turn, needs="buffers"),
     Analysis("saturation", "When routing is decided", "OLMoE, equation 6: router saturation",
              over_training.saturation, over_training.draw_saturation, needs="steps"),
     Analysis("coactivation", "Experts chosen together", "OLMoE, equation 7: co-activation",

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from moe_jax.analysis.recording import RoutingRecord
-from moe_jax.analysis.report_figures import MUTED, TRAIN, drops_by_position, legend, plain, reference_line
-from moe_jax.analysis.routing_counts import chosen_TK, domain_codes, headline
-from moe_jax.analysis.routing_figures import SERIES, grid, panels, row_names, share_bounds, strips
-from moe_jax.analysis.specialisation import routing_by_category
+from moe_jax.analysis.report_figures import MUTED, drops_by_position, legend, plain, reference_line
+from moe_jax.analysis.routing_counts import chosen_TK, count, domain_codes, headline
+from moe_jax.analysis.routing_figures import SERIES, bars, grid, legend_above, panels
+from moe_jax.analysis.specialisation import routing_by_category, turn_codes
 from moe_jax.analysis.tables import Headline, Table, latest
 
 PAPER_POSITIONS = tuple(range(256, 1793, 256))
@@ -88,7 +88,7 @@ def drops_by_source(records: Sequence[RoutingRecord]) -> Table:
     columns = {"layer": np.array(record.layers)[layer], "domain": np.array(names)[domain], "position": place * width,
                "choices": made.ravel(), "dropped": dropped.ravel(), "ratio": _ratio(dropped, made).ravel()}
     caption = (
-        f"Left: share of choices that found no place by domain, one point per layer, the bar is all layers; right: the same by position "
+        f"Left: share of choices that found no place by domain, one point per layer, the bar is their mean; right: the same by position "
         f"in the row (bins of {width} tokens), all layers; {int((code_T >= 0).sum()):,} tokens. Grey: all text. Domains that "
         f"lie above it are routed to few experts, or unlike the text that the router was balanced on.")
     return Table(columns, caption, (_drop_headline(record, code_T >= 0, "dropped choices, all text"),))
@@ -100,10 +100,7 @@ def draw_drops_by_source(table: Table) -> Any:
     figure, (left, right) = panels(2, max(2.8, 0.9 + 0.3 * len(domains)))
     ratio_D = 100 * _ratio(sums["dropped"].sum(axis=(0, 2)), sums["choices"].sum(axis=(0, 2)))
     ratio_DL = 100 * _ratio(sums["dropped"].sum(axis=2), sums["choices"].sum(axis=2)).T
-    left.barh(range(len(domains)), ratio_D, color=TRAIN, alpha=0.35, height=0.6)
-    strips(left, range(len(domains)), ratio_DL, ring=False)
-    row_names(left, [plain(name) for name in domains])
-    share_bounds(left, ratio_DL)
+    bars(left, [plain(name) for name in domains], ratio_DL / 100)
     left.set_xlabel("dropped choices (%)")
     ratio_DS = 100 * _ratio(sums["dropped"].sum(axis=0), sums["choices"].sum(axis=0))
     named = np.argsort(-ratio_D, kind="stable")[:len(SERIES)]
@@ -117,6 +114,46 @@ def draw_drops_by_source(table: Table) -> Any:
     right.set(xlabel="position in the row (tokens)", ylabel="dropped choices (%)")
     right.set_ylim(0, 1.35 * max(np.nanmax(ratio_DS), 1.0))
     legend(right, loc="upper left", ncols=2)
+    return figure
+
+
+def drops_by_turn(records: Sequence[RoutingRecord]) -> Table:
+    """Drop ratio of conversations of a single turn, and of the turns 1, 2, … of those that have several (OpenMoE, section 4:
+    the later turns of a conversation lie where buffers are full).
+
+    Returns:
+      Columns layer, group, tokens, choices, dropped, ratio.
+
+    Raises:
+      MissingArray: no token is in a turn.
+    """
+    record = latest(records, "kept_LTK", "turns_T", "documents_T")
+    code_T, names = turn_codes(record)
+    made, dropped = _made_and_dropped(record, code_T, len(names))
+    layer, group = (index.ravel() for index in np.indices(made.shape))
+    tokens_C = count(code_T, len(names))
+    columns = {"layer": np.array(record.layers)[layer], "group": np.array(names)[group], "tokens": tokens_C[group],
+               "choices": made.ravel(), "dropped": dropped.ravel(), "ratio": _ratio(dropped, made).ravel()}
+    single = names.index("single turn") if "single turn" in names else -2
+    several = _drop_headline(record, (code_T >= 0) & (code_T != single), "dropped choices, conversations of several turns")
+    if single is not None:
+        one = _drop_headline(record, code_T == single, "dropped choices, conversations of a single turn")
+        several = (one, dataclasses.replace(several, reference=one.value))
+    caption = (
+        f"Share of choices that found no place by turn of the conversation; {tokens_C.sum():,} tokens in conversations. One "
+        f"point per layer, the bar is their mean; the dashed line is the mean of all turns. Bars that grow from turn to turn mean that "
+        f"buffers fill up before a conversation ends.")
+    return Table(columns, caption, several if isinstance(several, tuple) else (several,))
+
+
+def draw_drops_by_turn(table: Table) -> Any:
+    ratio_GL, groups, _ = grid(table.columns, "ratio", "group", "layer")
+    figure, (axis,) = panels(1, 0.9 + 0.3 * len(groups))
+    bars(axis, groups, ratio_GL)
+    mean = 100 * table["dropped"].sum() / max(table["choices"].sum(), 1)
+    axis.axvline(mean, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.3, label=f"all turns {mean:.2g} %")
+    axis.set_xlabel("dropped choices (%)")
+    legend_above(figure, axis)
     return figure
 
 

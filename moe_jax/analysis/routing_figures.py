@@ -65,6 +65,14 @@ def row_names(axis: Any, names: Sequence[str], kind: str = "") -> None:
         axis.set_ylabel(kind)
 
 
+def bars(axis: Any, names: Sequence[str], share_NL: np.ndarray) -> None:
+    """A bar for each name with the mean of its shares, and the shares as points, in percent."""
+    axis.barh(range(len(names)), 100 * np.nanmean(share_NL, axis=1), color=TRAIN, alpha=0.35, height=0.6)
+    strips(axis, range(len(names)), 100 * share_NL, ring=False)
+    row_names(axis, names)
+    share_bounds(axis, 100 * share_NL)
+
+
 def share_bounds(axis: Any, values: np.ndarray) -> None:
     """An x axis for percentages: from 0 to a little beyond the largest, and at least to 1 %."""
     finite = values[np.isfinite(values)]

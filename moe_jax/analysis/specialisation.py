@@ -10,10 +10,10 @@ import numpy as np
 import scipy.sparse
 
 from moe_jax.analysis.recording import RoutingRecord
-from moe_jax.analysis.report_figures import MUTED, TRAIN, domains_by_expert, legend, panel_title, plain
+from moe_jax.analysis.report_figures import MUTED, domains_by_expert, panel_title, plain
 from moe_jax.analysis.routing_counts import (
     chosen_TK, count, counts_LCE, domain_codes, drop_note, headline, pair_codes, ratios, uniform_std, variation)
-from moe_jax.analysis.routing_figures import grid, panels, row_names, share_bounds, shown, strips
+from moe_jax.analysis.routing_figures import bars, grid, legend_above, panels, row_names, share_bounds, shown, strips
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
 
 MOST_TURNS = 8
@@ -124,41 +124,41 @@ def draw_domain_specialisation(table: Table) -> Any:
 
 
 def routing_by_turn(records: Sequence[RoutingRecord]) -> Table:
-    """Dropped choices and routing by turn (OpenMoE, section 4: conversations of one and of several turns).
+    """Routing of conversations of a single turn, and of the turns 1, 2, … of those that have several (OpenMoE, section 4).
 
-    Groups of tokens are the conversations of a single turn, and the turns 1, 2, … of those that have several. `dropped` is
-    the share of the group's choices that found no place; `distance` is the total variation distance of its routing ratio
-    (over dispatched choices) from that of all groups together; `uniform_distance` what uniform routing of so many choices
-    would show: the mean of E normal deviations, E·σ·√(2/π)/2, less what the group itself has in all groups, √(1 - n_g/n).
+    `distance` is the total variation distance of a group's routing ratio (over dispatched choices) from that of all groups
+    together; `uniform_distance` what uniform routing of so many choices would show: the mean of E normal deviations,
+    E·σ·√(2/π)/2, less what the group itself has in all groups, √(1 - n_g/n).
 
     Returns:
-      Columns layer, group, tokens, dropped, distance, uniform_distance.
+      Columns layer, group, tokens, distance, uniform_distance.
 
     Raises:
       MissingArray: no token is in a turn.
     """
     record = latest(records, "turns_T", "documents_T")
-    code_T, names = _turn_codes(record)
-    size = len(names)
-    tokens_C = count(code_T, size)
-    made, went = (counts_LCE(record, code_T, size, dispatched) for dispatched in (False, True))
-    ratio_LCE, whole_LE = ratios(went), ratios(went.sum(axis=1))
-    layer, group = _indices(made.shape[:2])
+    code_T, names = turn_codes(record)
+    size, tokens_C = len(names), count(code_T, len(names))
+    went = counts_LCE(record, code_T, size, dispatched=True)
+    layer, group = _indices(went.shape[:2])
     alone_LC = np.sqrt(1 - went.sum(axis=-1) / np.maximum(went.sum(axis=(1, 2)), 1)[:, None])
     noise_LC = uniform_std(record, code_T, size, dispatched=True) * record.num_experts * np.sqrt(2 / np.pi) / 2 * alone_LC
-    dropped_LC = 1 - went.sum(axis=-1) / np.maximum(made.sum(axis=-1), 1)
     columns = {"layer": np.array(record.layers)[layer], "group": np.array(names)[group], "tokens": tokens_C[group],
-               "dropped": dropped_LC.ravel(), "distance": variation(ratio_LCE, whole_LE[:, None]).ravel(),
-               "uniform_distance": noise_LC.ravel()}
+               "distance": variation(ratios(went), ratios(went.sum(axis=1))[:, None]).ravel(), "uniform_distance": noise_LC.ravel()}
     caption = (
-        f"Left: dropped choices; right: how far each turn's routing lies from that of all turns (total variation distance: "
-        f"the share of choices that would have to go elsewhere). One point per layer, the bar is their mean; {tokens_C.sum():,} tokens in "
-        f"conversations. Grey marks: what uniform routing of so few tokens would show. Later turns with more drops lie where "
-        f"the buffers are full; a distance above the grey marks means that turns are routed differently.")
+        f"How far each turn's routing lies from that of all turns (total variation distance: the share of choices that would "
+        f"have to go elsewhere); {tokens_C.sum():,} tokens in conversations. One point per layer, the bar is their mean. Grey "
+        f"marks: uniform routing of so few tokens. Specialisation: distances well above the marks and above the reference, "
+        f"which has the noise of documents.{drop_note(record)}")
     return Table(columns, caption, (variation_headline(record, code_T, size, "turn"),))
 
 
-def _turn_codes(record: RoutingRecord) -> tuple[np.ndarray, list[str]]:
+def turn_codes(record: RoutingRecord) -> tuple[np.ndarray, list[str]]:
+    """Groups of tokens by turn: codes ``[T]`` (-1: in no conversation) and names of those that there are.
+
+    Raises:
+      MissingArray: no token is in a turn.
+    """
     turns_T = record.turns_T
     if not (turns_T > 0).any():
         raise MissingArray("The record holds no turns; record conversations (documents with turns, docs/data.md)")
@@ -174,17 +174,13 @@ def _turn_codes(record: RoutingRecord) -> tuple[np.ndarray, list[str]]:
 
 
 def draw_routing_by_turn(table: Table) -> Any:
-    figure, axes = panels(2, 0.9 + 0.3 * len(np.unique(table["group"])), sharey=True)
-    for axis, column, label in zip(axes, ("dropped", "distance"), ("dropped choices (%)", "distance from all turns (%)")):
-        value_GL, groups, _ = grid(table.columns, column, "group", "layer")
-        axis.barh(range(len(groups)), 100 * value_GL.mean(axis=1), color=TRAIN, alpha=0.35, height=0.6)
-        strips(axis, range(len(groups)), 100 * value_GL, ring=False)
-        axis.set_xlabel(label)
-        share_bounds(axis, 100 * value_GL)
-        row_names(axis, groups)
-    uniform_G = 100 * grid(table.columns, "uniform_distance", "group", "layer")[0].mean(axis=1)
-    axes[1].plot(uniform_G, range(len(uniform_G)), "|", color=MUTED, markersize=14, markeredgewidth=2, label="uniform routing")
-    legend(axes[1], loc="lower right", bbox_to_anchor=(1, 1))
+    distance_GL, groups, _ = grid(table.columns, "distance", "group", "layer")
+    uniform_G = grid(table.columns, "uniform_distance", "group", "layer")[0].mean(axis=1)
+    figure, (axis,) = panels(1, 0.9 + 0.3 * len(groups))
+    bars(axis, groups, distance_GL)
+    axis.plot(100 * uniform_G, range(len(groups)), "|", color=MUTED, markersize=14, markeredgewidth=2, label="uniform routing")
+    axis.set_xlabel("distance from all turns (% of choices)")
+    legend_above(figure, axis)
     return figure
 
 

@@ -74,17 +74,22 @@ def std_over_experts(record: RoutingRecord, value_T: np.ndarray, kind: str, leas
 def draw_std_over_experts(table: Table) -> Any:
     kind, layers = table.facts["kind"], shown(table["layer"])
     figure, axes = panels(len(layers), 2.5, sharex=True, sharey=True)
+    # A few values, such as position 0 with its one start token, must not squeeze all others.
+    usual = max(2 * np.nanpercentile(table["std"], 97), *table["uniform_std"], *table["load_std"])
+    ceiling = 1.25 * min(np.nanmax([*table["std"], usual / 2]), usual)
     for index, (axis, layer) in enumerate(zip(axes, layers)):
         rows = table.where(layer=layer)
         # Token ids have no order of their own: the frequent ones right, where the reference is lowest.
         x = rows["tokens"] if kind == "token_id" else rows[kind]
         order = np.argsort(x, kind="stable")
         axis.plot(x, rows["std"], ".", color=TRAIN, markersize=4, alpha=0.7, label=f"one {kind.replace('_', ' ')}")
+        above = rows["std"] > ceiling
+        axis.plot(x[above], np.full(above.sum(), 0.98 * ceiling), "^", color=TRAIN, markersize=4, label="above the axis" if above.any() else None)
         mean = np.nanmean(rows["std"])
         axis.axhline(mean, color=EVALUATION, linewidth=1.4, label="mean")
         axis.plot(x[order], rows["uniform_std"][order], color=MUTED, linewidth=1.8, label="uniform routing")
         axis.axhline(rows["load_std"][0], color=INK, linestyle=":", linewidth=1.2, label="all text")
-        axis.set_ylim(0, 1.25 * np.nanmax([*table["std"], *table["uniform_std"], *table["load_std"]]))
+        axis.set_ylim(0, ceiling)
         panel_title(axis, f"layer {layer}: mean {mean:.3g}, uniform {np.nanmean(rows['uniform_std']):.3g}")
         if index % 2 == 0:
             axis.set_ylabel("std of the routing ratio")
