@@ -487,6 +487,7 @@ def test_without_libtpu_the_plan_is_by_formula_and_says_how_to_have_the_compiler
     (["--mesh=tensor=4"], "model.num_heads=2"), (["--batch=12"], "data.batch_size: 8, 16"), (["--batch=0"], "at least 1"),
     (["--step=training"], "train, prefill, decode"), (["--search", "--mesh=data=8"], "leave one of them out"),
     (["--search=2", "--formula"], "leave one of them out"), (["--no-cache", "--formula"], "leave one of them out"),
+    (["--out=plan.pdf"], "--out=plan.pdf: must end in .png"),
     (["--config.model.vocab_size=0", "--config.data.vocabulary=no/such.model"], "--config.model.vocab_size=32000"),
     (["--config.moe.num_expert=8"], "moe.num_experts")])
 def test_what_cannot_be_planned_is_one_line_with_what_is_allowed(moe_jax, words, wanted, tmp_path, monkeypatch):

@@ -80,6 +80,7 @@ def check_request(request: Request) -> None:
         require(not request.mesh, "--search looks for a mesh and --mesh names one; leave one of them out.")
         require(not (request.search and request.formula), f"--search={request.search} compiles and --formula does not; "
                 f"leave one of them out, or say --search alone.")
+    require(not request.out or request.out.endswith(".png"), f"--out={request.out}: must end in .png; the picture is one.")
     require(request.cache or not request.formula,
             "--no-cache compiles again and --formula does not; leave one of them out.")
 

@@ -169,7 +169,7 @@ def text_of_search(rows: Sequence[Plan], best: Plan | None) -> str:
     cells = [("", "mesh", "basis", "GiB per chip", "", "step", "tokens/s", "MFU at most", "bound by")]
     for plan in rows[:_MOST_ROWS]:
         memory = plan.memory
-        cells.append(("->" if plan is best else "", mesh_text(plan.mesh), plan.basis, f"{memory.peak_bytes / GIB:.1f}",
+        cells.append(("->" if plan is best else "", mesh_text(plan.mesh), plan.basis, _amount(memory.peak_bytes / GIB),
                       "fits" if memory.fits else "does not fit", seconds_text(plan.time.seconds),
                       f"{plan.tokens_per_second:,.0f}", f"{100 * plan.mfu_upper_bound:.1f} %", plan.time.bound))
     lines = [aligned(cells, left=3)]
