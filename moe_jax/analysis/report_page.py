@@ -45,6 +45,8 @@ th, td { padding: 5px 22px 5px 0; vertical-align: top; }
 td { border-bottom: 1px solid var(--line); }
 .numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; padding: 5px 0 5px 26px; }
 .first tr:nth-child(2) td { font-weight: 600; }
+.numbers td:not(:first-child) { white-space: nowrap; }
+.headlines th:nth-child(2), .headlines td:nth-child(2) { text-align: left; white-space: normal; }
 .headline > :last-child { margin-bottom: 0; }
 .settings td:first-child { color: var(--muted); white-space: nowrap; }
 .settings td:last-child { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .84rem;

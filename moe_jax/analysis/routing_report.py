@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import os
 import pathlib
-import re
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -147,23 +146,13 @@ def render(records: Sequence[RoutingRecord], outcomes: Sequence[Outcome], name: 
     """The page as text."""
     newest = records[-1]
     contents, body = [], []
-    for family, members in _families(outcomes).items():
-        contents.append(f"<b>{escape(family)}</b>")
-        for outcome in members:
-            anchor = re.sub(r"\W+", "-", outcome.analysis.name)
-            contents.append(f'<a href="#{anchor}">{escape(outcome.analysis.title)}</a>')
-            body.append(f'<section id="{anchor}"><h2>{escape(outcome.analysis.title)}</h2>{_section(outcome)}</section>')
-    return page("Routing report", name or newest.data or "recorded routing", _facts(records), _problems(outcomes),
-                _headline(outcomes), contents, body)
-
-
-def _families(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """By the paper, the part of the source before its first comma."""
-    families: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.table is not None:
-            families.setdefault(outcome.analysis.source.split(",")[0], []).append(outcome)
-    return families
+            title, name_of_it = escape(outcome.analysis.title), escape(outcome.analysis.name)
+            contents.append(f'<a href="#{name_of_it}">{title}</a>')
+            body.append(f'<section id="{name_of_it}"><h2>{title}</h2>{_section(outcome)}</section>')
+    return page("Routing report", name or newest.data or "recorded routing", _facts(records), _problems(outcomes),
+                _headline(outcomes), contents, body)
 
 
 def _facts(records: Sequence[RoutingRecord]) -> list[str]:
@@ -191,13 +180,13 @@ def _problems(outcomes: Sequence[Outcome]) -> str:
 
 
 def _headline(outcomes: Sequence[Outcome]) -> str:
-    rows = [(outcome.analysis.title, *_cells(headline)) for outcome in outcomes if outcome.table is not None
-            for headline in outcome.table.headlines]
+    rows = [(outcome.analysis.title, *_cells(outcome.table.headlines[0])) for outcome in outcomes
+            if outcome.table is not None and outcome.table.headlines]
     if not rows:
-        return '<p class="verdict unknown">None of the analyses was possible.</p>'
-    table = table_block(("analysis", "number", "value", "95 % interval", "without specialisation"), rows, "numbers headlines")
-    note = ("Intervals are by bootstrap over documents. The last column is what the number would be if routing knew nothing "
-            "of the text (or the named baseline).")
+        return '<p class="verdict unknown">None of the analyses came to a number.</p>'
+    table = table_block(("analysis", "number", "value", "95 % interval", "reference"), rows, "numbers headlines")
+    note = ("The first number of each analysis; the others stand below the figures. Intervals are by bootstrap over documents. "
+            "The reference is what the number would be if routing knew nothing of the text, or the baseline that is named.")
     return f'{table}<p class="caption">{note}</p>'
 
 
@@ -207,7 +196,7 @@ def _cells(headline: Headline) -> tuple[str, str, str, str]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None or not np.isfinite(value) else f"{value:,.4g}"
+    return "–" if value is None or not np.isfinite(value) else f"{value:,.3g}"
 
 
 def _section(outcome: Outcome) -> str:
