@@ -1,10 +1,12 @@
 """``moe-jax sweep``: checks everything, runs what is missing, shows and writes what came out."""
 
+import contextlib
 import dataclasses
 import io
 import pathlib
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from moe_jax.files import whole
 from moe_jax.sweeps import runner, tables
@@ -65,10 +67,23 @@ def _seeds(sweep: Sweep, request: Request) -> Sequence[int]:
 
 def _run_tasks(tasks: list[runner.Task], request: Request, cache: pathlib.Path) -> dict[str, str]:
     pool = runner.Pool(tasks, request.jobs, request.devices, request.keep, cache)
-    with Display({task.name: task.steps for task in tasks}) as display:
+    with _stopped_by_sigterm(), Display({task.name: task.steps for task in tasks}) as display:
         display.console.print(f"{len(tasks)} runs to train, {pool.processes} at a time; what they say: {cache}/worker_*.log")
         pool.run(display)
     return pool.failed
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a sweep as Ctrl-C does: runs save themselves. (Also where SIGINT is ignored, behind nohup.)"""
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show(sweep: Sweep, places: Places, request: Request) -> list[str]:
@@ -83,7 +98,7 @@ def _show(sweep: Sweep, places: Places, request: Request) -> list[str]:
     if request.scale != "smoke" and any(results.values()):
         from moe_jax.sweeps.figure import draw
         buffer = io.BytesIO()
-        draw(sweep, request.scale, results, found, comparisons).savefig(buffer, format="png", metadata={"Software": None})
+        draw(sweep, request.scale, results, comparisons).savefig(buffer, format="png", metadata={"Software": None})
         with whole(places.results / f"{request.scale}.png") as file:
             file.write(buffer.getvalue())
         text = tables.results_section(sweep, request.scale, found, comparisons, about(results))

@@ -264,8 +264,15 @@ class Sweep:
         return {**common, **_at_scale(arm.settings, scale)}
 
     def measure_hash(self) -> str:
-        """Of the text of ``measure``; '' without one."""
-        return hashlib.sha256(inspect.getsource(self.measure).encode()).hexdigest()[:12] if self.measure else ""
+        """Of all that ``measure`` may use of its own module, functions and constants; '' without one."""
+        if self.measure is None:
+            return ""
+        module = inspect.getmodule(self.measure)
+        parts = [inspect.getsource(value) for value in vars(module).values()
+                 if inspect.isfunction(value) and value.__module__ == module.__name__]
+        parts += [f"{name}={value!r}" for name, value in vars(module).items() if isinstance(value, (int, float, str, tuple))
+                  and not name.startswith("_")]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def _place(arms: Mapping[str, Arm], who: str, name: str) -> int:
