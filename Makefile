@@ -1,4 +1,4 @@
-# Two commands: `make train` and `make test`. Both install what they need into .venv first (tools/install.py;
+# `make train`, `make test`, `make smoke`. All install what they need into .venv first (tools/install.py;
 # instant when nothing has changed) and can be repeated at any time.
 
 PYTHON ?= python3
@@ -18,13 +18,14 @@ endif
 INSTALL = "$(PYTHON)" tools/install.py --venv "$(VENV)" --accelerator "$(ACCELERATOR)" $(NAMED)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test golden lock clean python-is-there
+.PHONY: help train test smoke golden lock clean python-is-there
 
 help:
 	@echo "make train   install, train $(CONFIG) on the corpus that comes with Python, write the report;"
 	@echo "             again: resume, or say that the run is complete"
 	@echo "make test    install what the tests need too (TensorFlow, and libtpu to compile for TPUs that need not be there:"
 	@echo "             1 GB more), run the test suite"
+	@echo "make smoke   a few steps of every arm of every experiment, and their tables"
 	@echo "make golden  write docs/collectives.md again: what each parallel layout exchanges, from the compiled programs"
 	@echo "make lock    make requirements.lock from setup.py again (ARGS=--upgrade takes newer releases)"
 	@echo "make clean   remove $(VENV) and what installing and testing left; training runs stay"
@@ -35,9 +36,9 @@ help:
 	@echo "  WORKDIR=$(WORKDIR)    where the run and its report.html go"
 	@echo "  CONFIG=$(CONFIG)"
 	@echo "  DEVICES=$(DEVICES)          CPU devices to pretend to have where there is no accelerator"
-	@echo "  ARGS=              more words for moe-jax train, or for pytest"
+	@echo "  ARGS=              more words for moe-jax train or sweep, or for pytest"
 	@echo "  ACCELERATOR=$(ACCELERATOR)   cpu, cuda, cuda13 or tpu where looking at the machine is not enough"
-	@echo "  JOBS=$(JOBS)             test processes"
+	@echo "  JOBS=$(JOBS)             test processes, or runs of a sweep at a time"
 	@echo "  VENV=$(VENV)         where everything is installed"
 
 train: python-is-there
@@ -47,6 +48,10 @@ train: python-is-there
 test: python-is-there
 	@$(INSTALL) --extras data,dev,tpu
 	@"$(VENV)/bin/python" -m pytest -n "$(JOBS)" --dist loadfile --max-worker-restart=0 $(ARGS)
+
+smoke: python-is-there
+	@$(INSTALL)
+	@"$(VENV)/bin/moe-jax" sweep experiments --scale=smoke --jobs="$(JOBS)" $(ARGS)
 
 golden: python-is-there
 	@$(INSTALL) --extras data,dev,tpu

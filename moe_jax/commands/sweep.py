@@ -11,8 +11,8 @@ SCALES = ("smoke", "quick", "full")
 def add(commands) -> None:
     sweep = add_command(commands, "sweep", run, "Run an ablation: what is missing of its runs, then its table, verdicts and figure. "
                         "The same command again goes on where it was stopped.", prepare=lambda arguments: None)
-    sweep.add_argument("experiment", nargs="*", help="folders with a sweep.py, for example experiments/balance_loss; with "
-                       "--scoreboard the folder of all of them (default then: experiments)")
+    sweep.add_argument("experiment", nargs="*", help="a folder with a sweep.py, for example experiments/balance_loss, or one of "
+                       "such folders: all of them; with --scoreboard that one (default then: experiments)")
     sweep.add_argument("--scale", default="quick", help=f"{', '.join(SCALES)} (default: %(default)s)")
     sweep.add_argument("--arms", default="", help="only these arms, separated by commas (default: all)")
     sweep.add_argument("--seeds", default="", help="these seeds instead of the scale's: 0,1,2 or 0-4")

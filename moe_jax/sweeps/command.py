@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from moe_jax.files import whole
 from moe_jax.sweeps import runner, tables
-from moe_jax.sweeps.definition import Sweep, SweepError, load_sweep
+from moe_jax.sweeps.definition import Sweep, SweepError, folders_of, load_sweep
 from moe_jax.sweeps.progress import Display
 from moe_jax.sweeps.results import Key, finished
 from moe_jax.sweeps.runner import Places
@@ -39,7 +39,7 @@ def run(folders: Sequence[pathlib.Path], request: Request) -> int:
       SweepError: a sweep cannot work; nothing has run.
     """
     cache = runner.cache_folder(request.scratch)
-    sweeps = [(load_sweep(folder), Places.of(folder, request.scale, cache)) for folder in folders]
+    sweeps = [(load_sweep(folder), Places.of(folder, request.scale, cache)) for folder in folders_of(folders)]
     tasks = []
     for sweep, places in sweeps:
         _check_arms(sweep, request)

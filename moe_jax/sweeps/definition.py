@@ -12,7 +12,7 @@ import hashlib
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moe_jax.config import SECTIONS, Config, ConfigError, known_keys, resolve, unknown_key
@@ -306,6 +306,15 @@ def flat(config: Config) -> dict[str, Any]:
 def default_of(key: str) -> Any:
     section, name = key.split(".")
     return getattr(SECTIONS[section](), name)
+
+
+def folders_of(names: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+    """Folders of experiments as they are; of a folder of experiments all that it holds."""
+    found = []
+    for name in names:
+        inside = [] if (name / "sweep.py").is_file() else sorted(path.parent for path in name.glob("*/sweep.py"))
+        found += inside or [name]
+    return found
 
 
 def load_sweep(folder: pathlib.Path) -> Sweep:
