@@ -26,7 +26,7 @@ from moe_jax.routing.balance import balance_loss, router_z_loss
 from moe_jax.routing.usage import kept_gate, slots_used, tokens_left_behind
 from moe_jax.training.losses import cross_entropy
 from moe_jax.training.state import initial_params
-from moe_jax.training.step import forward, loss_fn, routing_losses
+from moe_jax.training.step import Totals, forward, loss_fn, routing_losses
 
 MODEL = oracles.arrays("openmoe_tiny_lm")
 
@@ -276,10 +276,10 @@ def test_gradients_of_the_training_loss(case):
     name, mode = case.name.removeprefix("grads_").rsplit("_", 1)
     values, given = batch(name), config()
     assert mode == "train"
-    total_tokens, no_bias = jnp.float32(values["valid"].sum()), tiny.no_bias(given)
+    tokens, no_bias = jnp.float32(values["valid"].sum()), tiny.no_bias(given)
     with jax.set_mesh(tiny.ONE):
         gradients, total = jax.device_get(jax.jit(lambda params: jax.value_and_grad(loss_fn, has_aux=True)(
-            params, given, vocabulary(), values, no_bias, jax.random.key(0), total_tokens)[::-1])(arrays("params/")))
+            params, given, vocabulary(), values, no_bias, jax.random.key(0), Totals(tokens, tokens))[::-1])(arrays("params/")))
     np.testing.assert_allclose(total[0], MODEL[f"{name}.{mode}/total_loss"], rtol=1e-5)
     tiny.assert_close(gradients, arrays(f"{case.name}/d/"), rtol=1e-4, atol=1e-6)  # `arrays` sees that none is left out
 

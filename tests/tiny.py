@@ -125,7 +125,7 @@ def _forward(config, mode):
 
 
 def no_bias(config: Config) -> np.ndarray:
-    return np.zeros((len(config.moe_layers), max(1, config.moe.num_routed_experts)), np.float32)
+    return np.zeros((len(config.trained_moe_layers), max(1, config.moe.num_routed_experts)), np.float32)
 
 
 def output(config, params, batch, mode=DROPLESS, bias_LE=None, mesh=ONE):

@@ -49,6 +49,9 @@ class Config:
         choice("moe", self.moe, "grouped_matmul", ("auto", *IMPLEMENTATIONS))
         choice("moe", self.moe, "balance_loss", tuple(BALANCE_LOSSES))
         check_router(self.moe)
+        require(self.model.mtp_depth == 0 or not ROUTERS[self.moe.router].is_policy, "model.mtp_depth", self.model.mtp_depth,
+                f"adds layers whose rewards are not those of the next token, from which moe.router={self.moe.router!r} learns; "
+                f"set it to 0, or another router.")
         self._check_exchange()
 
     def _check_objective(self):
@@ -134,11 +137,12 @@ class Config:
                      if i % self.moe.every == self.moe_offset)
 
     @property
-    def mtp_moe_layers(self) -> tuple[int, ...]:
-        """Indices of the MoE layers of multi-token prediction, counted on from the model's layers. Its blocks are mixtures if
-        the model's last layer is one."""
+    def trained_moe_layers(self) -> tuple[int, ...]:
+        """The MoE layers that training routes through: the model's, then those of multi-token prediction, counted on from
+        ``model.num_layers``. Its blocks are mixtures if the model's last layer is one."""
         layers = self.model.num_layers
-        return tuple(range(layers, layers + self.model.mtp_depth)) if layers - 1 in self.moe_layers else ()
+        further = range(layers, layers + self.model.mtp_depth) if layers - 1 in self.moe_layers else ()
+        return (*self.moe_layers, *further)
 
     @property
     def tokens_per_step(self) -> int:

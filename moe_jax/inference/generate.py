@@ -141,8 +141,10 @@ def prefill(params: Any, ids_BS: jax.Array, valid_BS: jax.Array, bias_LE: jax.Ar
     # [..., B, T, H, d]: stacked layers lead.
     cache = jax.tree.map(lambda leaf: jax.reshard(leaf, P(*(None,) * (leaf.ndim - 4), TOKEN_AXES, None, "tensor")),
                          model.empty_cache(batch, slots))
+    # A model that was trained to see what it is given from both sides reads prompts so.
+    in_prefix_BS = valid_BS if config.data.prefix_attention == "bidirectional" else None
     output = model(ids_BS, positions_BS, valid_BS.astype(jnp.int32), valid_BS, RoutingMode.causal(config), bias_LE, None,
-                   cache, segments_BT, 0)
+                   cache, segments_BT, 0, in_prefix_BS=in_prefix_BS)
     return output.logits_BSV[:, -1], Written(output.cache, segments_BT, ids_BS[:, -1], positions_BS[:, -1] + 1)
 
 

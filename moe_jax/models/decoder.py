@@ -13,6 +13,7 @@ from moe_jax.nn.attention import Attention
 from moe_jax.nn.embedding import Embedding
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.moe import MoELayer, MoEStatistics, RoutingMode
+from moe_jax.nn.multi_token import FurtherToken, ahead, sees_ahead
 from moe_jax.nn.norms import RMSNorm
 from moe_jax.product import PRODUCT
 from moe_jax.sharding import ACTIVATIONS, spec
@@ -97,6 +98,24 @@ def left_neighbours(input_ids_BS: jax.Array, positions_BS: jax.Array) -> jax.Arr
     return jnp.where(positions_BS == 0, 0, jnp.pad(input_ids_BS[:, :-1], ((0, 0), (1, 0))))
 
 
+def attention_mask(segment_ids_BS: jax.Array, key_segment_ids_BT: jax.Array, valid_BS: jax.Array, index: jax.Array | int = 0,
+                   in_prefix_BS: jax.Array | None = None) -> jax.Array:
+    """Where query s may see key t, bool ``[B, S, T]``: in its own segment, no later than itself or both in its prefix.
+
+    Args:
+      index: the place of the first query among the keys; 0 with a prefix.
+      in_prefix_BS: the tokens of each segment that are given, which see each other; None: there are none.
+    """
+    query_S = jnp.arange(segment_ids_BS.shape[1]) + index
+    causal_ST = query_S[:, None] >= jnp.arange(key_segment_ids_BT.shape[1])[None, :]
+    same_BST = segment_ids_BS[:, :, None] == key_segment_ids_BT[:, None, :]
+    seen_BST = causal_ST[None]
+    if in_prefix_BS is not None:
+        in_prefix_BT = jnp.pad(in_prefix_BS, ((0, 0), (0, key_segment_ids_BT.shape[1] - in_prefix_BS.shape[1])))
+        seen_BST = seen_BST | in_prefix_BS[:, :, None] & in_prefix_BT[:, None, :]
+    return same_BST & seen_BST & valid_BS[:, :, None]
+
+
 class Block(nnx.Module):
     """One period of the layer pattern, e.g. dense, dense, dense, MoE: the body of the scan over layers."""
 
@@ -160,14 +179,20 @@ def moe_layer_paths(config: Config) -> dict[str, tuple[int, ...]]:
             if layers[0] in number}
 
 
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=(), data_fields=("logits_BSV", "statistics", "cache"))
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=(),
+                   data_fields=("logits_BSV", "statistics", "cache", "further_logits"))
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Logits in fp32; ``statistics``: MoEStatistics whose leaves lead with L, the MoE layers in order (None if dense)."""
+    """Logits in fp32; ``statistics``: MoEStatistics whose leaves lead with L, the MoE layers in order (None if dense).
+
+    ``further_logits``: ``[B, S, V]`` of each depth of multi-token prediction, if asked for; its layers are then the last in
+    ``statistics``.
+    """
 
     logits_BSV: jax.Array
     statistics: MoEStatistics | None
     cache: Any = None
+    further_logits: tuple[jax.Array, ...] = ()
 
 
 class Decoder(nnx.Module):
@@ -184,12 +209,16 @@ class Decoder(nnx.Module):
             jax.random.split(rngs.params(), repeats))
         self.last = nnx.List([Block(config, (m,), rngs) for m in is_moe[prefix + period * repeats :]])
         self.final_norm = RMSNorm(config.model.d_model, config.model.norm_epsilon)
+        # Copies of experts are for evaluation, which has no use for further tokens.
+        depth = 0 if config.moe.expert_copies else config.model.mtp_depth
+        self.mtp = nnx.List([FurtherToken(config.model, Block(config, is_moe[-1:], rngs), rngs) for _ in range(depth)])
 
     def __call__(self, input_ids_BS: jax.Array, positions_BS: jax.Array, segment_ids_BS: jax.Array,
                  valid_BS: jax.Array, mode: RoutingMode, bias_LE: jax.Array | None = None,
                  key: jax.Array | None = None, cache: Any = None, key_segment_ids_BT: jax.Array | None = None,
                  index: jax.Array | int = 0, previous_ids_BS: jax.Array | None = None,
-                 replay_LBSK: jax.Array | None = None) -> Output:
+                 replay_LBSK: jax.Array | None = None, in_prefix_BS: jax.Array | None = None,
+                 next_ids_BS: jax.Array | None = None) -> Output:
         """Logits for the next token at every position.
 
         Args:
@@ -202,32 +231,60 @@ class Decoder(nnx.Module):
           previous_ids_BS: the id before each token in its document, 0 for the first, for routers that look at it. None:
             the left neighbour in ``input_ids_BS``, right unless a cache holds earlier tokens.
           replay_LBSK: recorded choices (:func:`moe_jax.routing.replay.recorded_experts`) for ``mode.router='replay'``.
+          in_prefix_BS: True where text is given, not to be predicted: there tokens see all of their segment's prefix, also
+            what comes later. With a cache only in the call that fills it from slot 0. None: causal attention.
+          next_ids_BS: the targets, for multi-token prediction; without a cache. None: there is none.
         """
         config = self.config
         if key_segment_ids_BT is None:
             key_segment_ids_BT = segment_ids_BS
-        query_S = jnp.arange(input_ids_BS.shape[1]) + index
-        causal_ST = query_S[:, None] >= jnp.arange(key_segment_ids_BT.shape[1])[None, :]
-        same_BST = segment_ids_BS[:, :, None] == key_segment_ids_BT[:, None, :]
         if previous_ids_BS is None:
             previous_ids_BS = left_neighbours(input_ids_BS, positions_BS)
         # Where padding is routed or counted, what attention makes of it matters, and there the mask says more.
         alone = (cache is None or isinstance(index, int) and index == 0) and config.moe.padding == "nowhere"
-        inputs = Inputs(input_ids_BS, positions_BS, same_BST & causal_ST[None] & valid_BS[:, :, None], valid_BS,
-                        previous_ids_BS, index,
+        alone = alone and in_prefix_BS is None
+        mask_BST = attention_mask(segment_ids_BS, key_segment_ids_BT, valid_BS, index, in_prefix_BS)
+        inputs = Inputs(input_ids_BS, positions_BS, mask_BST, valid_BS, previous_ids_BS, index,
                         text_positions(input_ids_BS, valid_BS) if config.moe.padding == "routed" else None,
                         segment_ids_BS, _undropped(config, valid_BS, mode, key),
                         jnp.where(valid_BS, segment_ids_BS, 0) if alone else None)
-        moe_layers, num_experts = len(config.moe_layers), max(config.moe.num_routed_experts, 1)
         if bias_LE is None:
-            bias_LE = jnp.zeros((moe_layers, num_experts), jnp.float32)
+            bias_LE = jnp.zeros((len(config.trained_moe_layers), max(config.moe.num_routed_experts, 1)), jnp.float32)
         keys = None
         if mode.noise and key is not None:
             keys = jax.random.split(key, config.model.num_layers)
         x_BSD = self.embedding.encode(input_ids_BS, jnp.dtype(config.model.dtype))
         x_BSD, cache, statistics = self._run_layers(x_BSD, inputs, mode, cache, bias_LE, keys, replay_LBSK)
         logits_BSV = self.embedding.decode(inputs.present(self.final_norm(x_BSD)))
-        return Output(logits_BSV, statistics, cache)
+        if next_ids_BS is None:
+            return Output(logits_BSV, statistics, cache)
+        further, more = self._further(x_BSD, next_ids_BS, inputs, mode, bias_LE[len(config.moe_layers):], key, in_prefix_BS)
+        return Output(logits_BSV, _concatenated([statistics, *more]), cache, further)
+
+    def _further(self, x_BSD, next_ids_BS, inputs, mode, bias_LE, key, in_prefix_BS):
+        """Logits ``[B, S, V]`` of each depth of multi-token prediction, and its statistics."""
+        logits, statistics, config = [], [], self.config
+        ids_BS, segment_ids_BS, present_valid_BS = inputs.token_ids_BS, inputs.segment_ids_BS, inputs.valid_BS
+        for depth, module in enumerate(self.mtp, start=1):
+            previous_ids_BS, ids_BS = ids_BS, ahead(next_ids_BS, depth - 1)
+            # Where there is no token to predict there is none to route, and nobody later in the document to see it.
+            valid_BS = sees_ahead(segment_ids_BS, present_valid_BS, depth)
+            # In the prefix are those whose newest token, so many places further, is: others know of targets.
+            given_BS = None if in_prefix_BS is None else in_prefix_BS & ahead(in_prefix_BS, depth) & valid_BS
+            inputs = dataclasses.replace(
+                inputs, token_ids_BS=ids_BS, previous_ids_BS=previous_ids_BS, valid_BS=valid_BS,
+                mask_BST=attention_mask(segment_ids_BS, segment_ids_BS, valid_BS, 0, given_BS),
+                undropped_BS=None if inputs.undropped_BS is None else inputs.undropped_BS & valid_BS,
+                attended_BS=None if inputs.attended_BS is None else jnp.where(valid_BS, segment_ids_BS, 0))
+            keys = None
+            if mode.noise and key is not None:  # other keys than those of the layers and of _undropped
+                keys = jax.random.fold_in(key, config.model.num_layers + depth)[None]
+            x_BSD = module.join(x_BSD, self.embedding.encode(ids_BS, x_BSD.dtype))
+            run = _Runner(config, inputs, mode, bias_LE[depth - 1 : depth], keys, None)
+            x_BSD, _, stats = run.block(module.block, x_BSD, [None])
+            logits.append(self.embedding.decode(inputs.present(module.final_norm(x_BSD))))
+            statistics.append(stats)
+        return tuple(logits), statistics
 
     def _run_layers(self, x_BSD, inputs, mode, cache, bias_LE, keys, replay_LBSK):
         prefix, period, repeats = self.pattern
@@ -245,10 +302,8 @@ class Decoder(nnx.Module):
             x_BSD, block_cache, stats = run.block(block, x_BSD, block_cache)
             new_last.append(block_cache)
             statistics.append(stats)
-        statistics = [s for s in statistics if s is not None]
-        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *statistics) if statistics else None
         new_cache = {"first": new_first, "body": body, "last": new_last} if cache is not None else None
-        return x_BSD, new_cache, joined
+        return x_BSD, new_cache, _concatenated(statistics)
 
     def empty_cache(self, batch: int, slots: int) -> dict[str, Any]:
         """Keys and values for ``slots`` tokens, zeros; put where the batch lies by the caller's jit."""
@@ -324,6 +379,12 @@ class _Runner:
             # [R, M, ...] -> [L, ...]: layers in order.
             statistics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), statistics)
         return x_BSD, caches, statistics
+
+
+def _concatenated(statistics: list[MoEStatistics | None]) -> MoEStatistics | None:
+    """Of blocks in order, those without an MoE layer left out."""
+    statistics = [s for s in statistics if s is not None]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *statistics) if statistics else None
 
 
 def _stacked(statistics: list[MoEStatistics]) -> MoEStatistics | None:

@@ -13,7 +13,7 @@ from moe_jax.nn.moe import GroupLayout, MoEStatistics, RoutingMode
 from moe_jax.sharding import batch_sharding, compiler_options, local_rows, over_groups
 from moe_jax.training import processes
 from moe_jax.training.losses import cross_entropy
-from moe_jax.training.step import Batch, check_statistics, forward, routing_sums
+from moe_jax.training.step import Batch, check_statistics, forward, routing_sums, targets_of
 
 
 def evaluation_sums(params: Any, batch: Batch, bias_LE: jax.Array, bytes_per_token_V: jax.Array, config: Config,
@@ -21,7 +21,7 @@ def evaluation_sums(params: Any, batch: Batch, bias_LE: jax.Array, bytes_per_tok
     """Sums over one batch; add them over batches. Cross-entropy alone, whatever the loss coefficients (B54).
 
     Returns:
-      ``ce_P, tokens_P, bytes_P`` by domain, ``routing`` (:func:`moe_jax.training.step.routing_sums`), and for a MoE
+      ``ce_P, tokens_P, bytes_P`` of targets by domain, ``routing`` (:func:`moe_jax.training.step.routing_sums`), and for a MoE
       ``choices_LS, kept_LS`` by position in the row and ``domain_counts_LPE``.
     """
     output = forward(config, vocab_size, params, batch, mode, bias_LE)
@@ -30,7 +30,7 @@ def evaluation_sums(params: Any, batch: Batch, bias_LE: jax.Array, bytes_per_tok
     bytes_BS = jnp.sum(jnp.where(batch["target_ids"][:, :, None] == jnp.arange(bytes_per_token_V.size)[None, None, :],
                                  bytes_per_token_V[None, None, :], 0), axis=-1)
     is_domain_BSP = (batch["domain_ids"][:, :, None] == jnp.arange(num_domains)[None, None, :])
-    is_domain_BSP &= batch["valid"][:, :, None]
+    is_domain_BSP &= targets_of(batch)[:, :, None]
     by_domain = lambda value_BS: jnp.sum(jnp.where(is_domain_BSP, value_BS[:, :, None], 0), axis=(0, 1))
     sums = {"ce_P": by_domain(ce_BS), "tokens_P": by_domain(jnp.ones_like(ce_BS)),
             "bytes_P": by_domain(bytes_BS.astype(jnp.float32)), "routing": routing_sums(output.statistics)}
@@ -65,7 +65,7 @@ def _where_tokens_went(statistics: MoEStatistics, batch: Batch, config: Config, 
 
 
 class Evaluator:
-    """Evaluates parameters on fixed batches; each routing mode is compiled once."""
+    """Evaluates parameters on fixed batches; each routing mode is compiled once for each set of keys of a batch."""
 
     def __init__(self, config: Config, vocab_size: int, bytes_per_token: np.ndarray, domains: list[str],
                  mesh: jax.sharding.Mesh):
@@ -73,14 +73,15 @@ class Evaluator:
         table = np.zeros(vocab_size, np.int32)
         table[: len(bytes_per_token)] = bytes_per_token
         self._bytes_per_token_V = table
-        self._compiled: dict[RoutingMode, Any] = {}
+        self._compiled: dict[tuple[RoutingMode, frozenset[str]], Any] = {}
 
-    def _function(self, mode: RoutingMode):
-        if mode not in self._compiled:
-            self._compiled[mode] = processes.compiled_together(jax.jit(functools.partial(
+    def _function(self, mode: RoutingMode, batch: Batch):
+        key = (mode, frozenset(batch))
+        if key not in self._compiled:
+            self._compiled[key] = processes.compiled_together(jax.jit(functools.partial(
                 evaluation_sums, config=self.config, vocab_size=self.vocab_size, mode=mode,
                 num_domains=len(self.domains)), compiler_options=compiler_options()), f"evaluation by {mode.dispatch}")
-        return self._compiled[mode]
+        return self._compiled[key]
 
     def sums(self, params: Any, bias_LE: jax.Array, batches: Iterable[dict[str, np.ndarray]], mode: RoutingMode,
              stop=lambda: False) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class Evaluator:
             if stop():
                 return {}
             batch = put_batch(batch, self.mesh, self.config.data.batch_size)
-            sums = jax.device_get(self._function(mode)(params, batch, bias_LE, self._bytes_per_token_V))
+            sums = jax.device_get(self._function(mode, batch)(params, batch, bias_LE, self._bytes_per_token_V))
             flat = {**{k: v for k, v in sums.items() if k != "routing"}, **sums["routing"]}
             for name, value in flat.items():
                 value = np.asarray(value, np.float64)

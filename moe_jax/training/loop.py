@@ -260,7 +260,9 @@ class _Trainer:
         values = {name: float(value) for name, value in metrics["sums"].items()}
         values |= {"grad_norm": float(metrics["grad_norm"]), "router_grad_norm": float(metrics["router_grad_norm"]),
                    "learning_rate": float(metrics["learning_rate"]), "tokens_seen": self.tokens_seen}
-        values |= self._routing(metrics["routing"], metrics["tokens"])
+        if "targets" in metrics:
+            values["target_fraction"] = float(metrics["targets"] / max(metrics["tokens"], 1))
+        values |= self._routing(metrics["routing"], metrics.get("routed_tokens_L", metrics["tokens"]))
         values |= self._speed(window)
         self.writer.write(step, values)
         self.progress.update(step, values["loss/ce"], values.get("tokens_per_second"), values.get("moe/drop_fraction"),
@@ -285,7 +287,7 @@ class _Trainer:
             return {}
         tokens_L = np.maximum(routing["tokens_L"], 1.0)
         per_token = self.config.moe.experts_per_token if has_fixed_choices(self.config.moe) else None
-        return routing_metrics({**routing, "valid_tokens": valid_tokens, "layers": self.config.moe_layers,
+        return routing_metrics({**routing, "valid_tokens": valid_tokens, "layers": self.config.trained_moe_layers,
                                 "entropy_L": routing["entropy_L"] / tokens_L,
                                 "confidence_L": routing["confidence_L"] / tokens_L}, per_token)
 
@@ -334,23 +336,28 @@ class _Trainer:
         """The validation batches, whole: for what needs no devices."""
         return self.run.data.validation.evaluation_batches(self.config.training.eval_batches)
 
-    def sums(self, mode: RoutingMode) -> dict[str, Any]:
-        """What evaluation sums over the validation batches. A signal ends it: what is trained is worth more."""
+    def sums(self, mode: RoutingMode, objective: bool = False) -> dict[str, Any]:
+        """What evaluation sums over the validation batches, of text or under the ``objective`` of training. A signal ends
+        it: what is trained is worth more."""
         def stop() -> bool:  # asked before every batch
             processes.at(f"the evaluation of step {self.step}")
             return self._signal() is not None
 
         sums = self.evaluator.sums(evaluated_params(self.state), self.state["router_bias_LE"],
-                                   self.run.validation_batches(self.config.training.eval_batches), mode, stop)
+                                   self.run.validation_batches(self.config.training.eval_batches, objective), mode, stop)
         self._stop_if_asked()
         return sums
 
     def _evaluate(self) -> dict[str, Any]:
-        """Loss on the validation batches, written as one line of kind "eval"."""
+        """Loss on the validation batches, written as one line of kind "eval". Returns the sums; under another objective
+        than the causal one ``objective_ce``, the loss it trains, among them."""
         sums = self.sums(RoutingMode.evaluation(self.config, record=True))
         summary = loss_summary(sums, self.run.data.domains)
         values = {"loss/ce": summary["ce"], "bits_per_byte": summary["bits_per_byte"], "tokens": summary["tokens"]}
         values |= {f"domain/{name}/ce": part["ce"] for name, part in summary["domains"].items()}
+        if self.run.data.objective_validation is not None:
+            own = self.sums(RoutingMode.evaluation(self.config), objective=True)
+            sums["objective_ce"] = values["objective/ce"] = loss_summary(own, self.run.data.domains)["ce"]
         if not self._line_is_there():
             self.writer.write(self.step, values, kind="eval")
         self.evaluated_step = self.step
@@ -468,6 +475,8 @@ def final_evaluation(trainer: _Trainer) -> tuple[dict[str, Any], dict[str, np.nd
     if processes.index() == 0:  # counting on the host, for the file that process 0 writes
         evaluation |= {"documents": _num_documents(trainer.batches()), "baselines": baselines(trainer, summary)}
     processes.barrier("the baselines are counted", processes.PREPARING)
+    if "objective_ce" in sums:
+        evaluation["objective"] = {"name": config.data.objective, "ce": sums["objective_ce"]}
     if not config.moe_layers:
         return evaluation, {}
     if not RoutingMode.evaluation(config).is_causal(config):

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import files
 from moe_jax.errors import UserError
 from moe_jax.training.tensorboard import EventFile
 
@@ -146,12 +147,8 @@ def cut_after(path: str | os.PathLike, step: int) -> None:
     """Removes, atomically, the lines of a metrics.jsonl past `step` and any line that a crash left half-written."""
     path = pathlib.Path(path)
     kept = [line for line, record in _read_lines(path) if record["step"] <= step]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with files.whole(path, durable=True) as file:
         file.writelines(line + b"\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -395,7 +392,7 @@ def routing_metrics(statistics: Mapping[str, Any], experts_per_token: int | None
       statistics: arrays that NumPy can read,
         counts_LE: choices per expert over valid tokens, before anything is dropped; all K choices, not only the first;
         kept_LE: those that found room;
-        valid_tokens: scalar, tokens that were routed (padding is not);
+        valid_tokens: tokens that were routed (padding is not): of all layers alike, or [L] (multi-token prediction);
         entropy_L: mean entropy of the router's distribution, nats;
         confidence_L: mean over tokens of the largest router score, whether or not that expert was chosen;
         logit_max_L: largest router logit in absolute value;
@@ -416,8 +413,8 @@ def routing_metrics(statistics: Mapping[str, Any], experts_per_token: int | None
     """
     counts_LE, kept_LE = (np.asarray(statistics[name], np.float64) for name in ("counts_LE", "kept_LE"))
     layers = [int(layer) for layer in np.asarray(statistics["layers"])]
-    tokens = float(np.asarray(statistics["valid_tokens"]))
-    _check_statistics(counts_LE, kept_LE, tokens, layers, experts_per_token)
+    tokens_L = np.broadcast_to(np.asarray(statistics["valid_tokens"], np.float64), len(layers))
+    _check_statistics(counts_LE, kept_LE, tokens_L, layers, experts_per_token)
     load_LE = expert_load(counts_LE)
     chosen_L = counts_LE.sum(axis=1)
     dropped_L = chosen_L - kept_LE.sum(axis=1)
@@ -432,7 +429,7 @@ def routing_metrics(statistics: Mapping[str, Any], experts_per_token: int | None
         "entropy": (statistics["entropy_L"], np.mean),
         "confidence": (statistics["confidence_L"], np.mean),
         "logit_max": (statistics["logit_max_L"], np.max),
-        "choices_per_token": (chosen_L / tokens if tokens else nothing_L, np.mean),
+        "choices_per_token": (np.divide(chosen_L, tokens_L, out=nothing_L.copy(), where=tokens_L > 0), np.mean),
     }
     if "advantage_L" in statistics:
         squared_L = np.asarray(statistics["advantage_squared_L"], np.float64)
@@ -448,7 +445,7 @@ def routing_metrics(statistics: Mapping[str, Any], experts_per_token: int | None
     return metrics
 
 
-def _check_statistics(counts_LE, kept_LE, tokens, layers, experts_per_token) -> None:
+def _check_statistics(counts_LE, kept_LE, tokens_L, layers, experts_per_token) -> None:
     if counts_LE.ndim != 2 or kept_LE.shape != counts_LE.shape or len(layers) != len(counts_LE):
         raise ValueError(
             f"routing statistics disagree: counts_LE {counts_LE.shape}, kept_LE {kept_LE.shape}, {len(layers)} layers; "
@@ -456,10 +453,10 @@ def _check_statistics(counts_LE, kept_LE, tokens, layers, experts_per_token) -> 
         )
     if (kept_LE > counts_LE).any():
         raise ValueError("routing statistics disagree: an expert kept more choices than it was given")
-    if experts_per_token is not None and not np.allclose(counts_LE.sum(axis=1), experts_per_token * tokens, rtol=1e-6):
+    if experts_per_token is not None and not np.allclose(counts_LE.sum(axis=1), experts_per_token * tokens_L, rtol=1e-6):
         raise ValueError(
             f"routing statistics disagree: each layer must count experts_per_token={experts_per_token} x "
-            f"{tokens:.0f} valid tokens = {experts_per_token * tokens:.0f} choices, got {counts_LE.sum(axis=1)}"
+            f"{tokens_L} valid tokens = {experts_per_token * tokens_L} choices, got {counts_LE.sum(axis=1)}"
         )
 
 

@@ -40,6 +40,9 @@ def check_renumberable(config: Config) -> None:
     if moe.padding == "takes_slots":
         raise ConfigError("moe.padding='takes_slots': padding goes to the first experts, whichever they are; experts given "
                           "other numbers would lose other slots to it.")
+    if config.model.mtp_depth:
+        raise ConfigError(f"model.mtp_depth={config.model.mtp_depth}: a placement has the experts of the model's layers, not "
+                          f"those of multi-token prediction; copies need no new numbers (--redundant, without --apply).")
 
 
 def check_placeable(config: Config) -> None:
@@ -206,5 +209,6 @@ def restore_with_copies(run: Run, placement: Placement) -> tuple[Any, jax.Array,
     params, bias_LE, step = restore_params(run, state_on_host(plain, run.vocab_size))
     wanted = run.abstract_state()
     put = lambda leaf, wanted: jax.device_put(np.asarray(leaf), wanted.sharding)
+    params = {name: value for name, value in params.items() if name in wanted["params"]}  # without multi-token prediction
     params = jax.tree.map(put, with_copies(params, plain, placement), wanted["params"])
     return params, put(bias_LE, wanted["router_bias_LE"]), step

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -49,16 +50,16 @@ def initial_params(config: Config, vocab_size: int, key: jax.Array) -> dict[str,
     return nnx.split(model)[1].to_pure_dict()
 
 
-def initial_state(config: Config, vocab_size: int) -> TrainState:
-    """The state at step 0. Call it under ``jax.jit`` with :func:`state_shardings` as ``out_shardings``."""
-    root = jax.random.key(config.training.seed)
+def initial_state(config: Config, vocab_size: int, seed: jax.Array | None = None) -> TrainState:
+    """The state at step 0. ``seed``: uint32, instead of the config's; as an argument it is not compiled in."""
+    root = jax.random.key(config.training.seed if seed is None else seed)
     init_key, noise_key = jax.random.split(root)
     params = initial_params(config, vocab_size, init_key)
     state = {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
         "opt_state": make_optimizer(config.optimizer, config.training.num_steps).init(params),
-        "router_bias_LE": jnp.zeros((len(config.moe_layers), max(1, config.moe.num_routed_experts)), jnp.float32),
+        "router_bias_LE": jnp.zeros((len(config.trained_moe_layers), max(1, config.moe.num_routed_experts)), jnp.float32),
         "rng": noise_key,
         "skipped": jnp.zeros((), jnp.int32),
     }
@@ -97,4 +98,5 @@ def _names(path) -> tuple[str, ...]:
 def new_state(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> TrainState:
     """The initial state on the mesh; each device makes only its share."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, vocab_size, mesh))
-    return jax.jit(lambda: initial_state(config, vocab_size), out_shardings=shardings)()
+    # Compiled once for all seeds.
+    return jax.jit(lambda seed: initial_state(config, vocab_size, seed), out_shardings=shardings)(np.uint32(config.training.seed))

@@ -1,5 +1,6 @@
 """One optimizer step: ``train_step(state, batch) -> state, metrics``, a plain function that a test can call."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.config import Config, ConfigError
 from moe_jax.models.decoder import Output
 from moe_jax.nn.moe import MoEStatistics, RoutingMode
+from moe_jax.nn.multi_token import ahead, sees_ahead
 from moe_jax.routing import ROUTERS
 from moe_jax.routing.balance import balance_loss, extra_loss, extra_weights, router_z_loss, updated_bias
 from moe_jax.routing.policy import policy_losses, policy_weights, running_mean, uniform_guess, updated_running_mean
@@ -24,18 +26,67 @@ Batch = dict[str, jax.Array]
 
 
 def forward(config: Config, vocab_size: int, params: Any, batch: Batch, mode: RoutingMode, bias_LE: jax.Array,
-            key: jax.Array | None = None) -> Output:
-    """The model on a batch as ``moe_jax.data.batches`` makes it."""
+            key: jax.Array | None = None, further: bool = False) -> Output:
+    """The model on a batch as ``moe_jax.data.batches`` makes it; ``further``: with multi-token prediction, if it has any."""
     model = nnx.merge(model_graph(config, vocab_size), params)
-    return model(batch["input_ids"], batch["positions"], batch["segment_ids"], batch["valid"], mode, bias_LE, key)
+    return model(batch["input_ids"], batch["positions"], batch["segment_ids"], batch["valid"], mode, bias_LE, key,
+                 in_prefix_BS=batch.get("in_prefix"),
+                 next_ids_BS=batch["target_ids"] if further and config.model.mtp_depth else None)
 
 
-def check_statistics(config: Config, statistics: MoEStatistics | None) -> None:
-    """Refuses to go on unless every MoE layer handed in its statistics (B08: losses lost under scan)."""
-    found = 0 if statistics is None else statistics.kept_GE.shape[0]
-    if found != len(config.moe_layers):
-        raise RuntimeError(f"{found} layers returned routing statistics, but the model has {len(config.moe_layers)} MoE "
-                           f"layers {config.moe_layers}; their balancing losses would be missing")
+def targets_of(batch: Batch) -> jax.Array:
+    """Where a token is to be predicted, bool ``[B, S]``: every valid one, if the objective gives none."""
+    return batch.get("is_target", batch["valid"])
+
+
+def further_targets_of(batch: Batch, depth: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What depth ``depth`` = 1, 2, … of multi-token prediction predicts, each ``[B, S]``: the ids so many places after the
+    next; where such a token is, of the same document; and where it is to be predicted."""
+    valid_BS = sees_ahead(batch["segment_ids"], batch["valid"], depth)
+    return ahead(batch["target_ids"], depth), valid_BS, valid_BS & ahead(targets_of(batch), depth)
+
+
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=(), data_fields=("tokens", "targets", "further_tokens_D",
+                                                                                  "further_targets_D"))
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Of the global batch, fp32: what losses are divided by. Valid tokens and targets; the same by depth of multi-token
+    prediction, ``[D]``, None without."""
+
+    tokens: jax.Array
+    targets: jax.Array
+    further_tokens_D: jax.Array | None = None
+    further_targets_D: jax.Array | None = None
+
+    @classmethod
+    def of(cls, config: Config, batch: Batch) -> "Totals":
+        count = lambda mask_BS: jnp.sum(mask_BS, dtype=jnp.float32)
+        tokens = count(batch["valid"])
+        targets = count(batch["is_target"]) if "is_target" in batch else tokens
+        depths = [further_targets_of(batch, depth)[1:] for depth in range(1, config.model.mtp_depth + 1)]
+        if not depths:
+            return cls(tokens, targets)
+        return cls(tokens, targets, *(jnp.stack([count(mask_BS) for mask_BS in masks]) for masks in zip(*depths)))
+
+    def routed(self, config: Config) -> jax.Array:
+        """Tokens that MoE layers route: of all layers alike, or, with those of multi-token prediction, of each, ``[L]``."""
+        if config.moe.padding != "nowhere":
+            return jnp.float32(config.tokens_per_step)
+        further = len(config.trained_moe_layers) - len(config.moe_layers)
+        if not further:
+            return self.tokens
+        return jnp.concatenate([jnp.broadcast_to(self.tokens, (len(config.moe_layers),)), self.further_tokens_D])
+
+
+def check_statistics(config: Config, statistics: MoEStatistics | None, training: bool = False) -> None:
+    """Refuses to go on unless every MoE layer handed in its statistics (B08: losses lost under scan), in ``training`` also
+    those of multi-token prediction."""
+    found, layers = 0 if statistics is None else statistics.kept_GE.shape[0], config.moe_layers
+    if training:
+        layers = config.trained_moe_layers
+    if found != len(layers):
+        raise RuntimeError(f"{found} layers returned routing statistics, but the model has {len(layers)} MoE "
+                           f"layers {layers}; their balancing losses would be missing")
 
 
 def routing_losses(config: Config, statistics: MoEStatistics | None, total_tokens: jax.Array,
@@ -43,16 +94,25 @@ def routing_losses(config: Config, statistics: MoEStatistics | None, total_token
     """(balance, router z), each the mean over MoE layers, before their weights; 0 for a dense model.
 
     Each layer's loss is formed on its own and only then averaged: opposite imbalances do not cancel (B01).
+
+    Args:
+      total_tokens: that the layers route in the global batch, ``[]`` or ``[L]``.
+      global_counts: statistics pooled over the global batch; None: each microbatch's own.
     """
-    check_statistics(config, statistics)
+    check_statistics(config, statistics, training=True)
     if statistics is None:
         return jnp.zeros(()), jnp.zeros(())
-    if global_counts is None:
-        balance_L = jax.vmap(lambda s: balance_loss(s, config.moe, total_tokens))(statistics.router)
-    else:
-        balance_L = jax.vmap(lambda s, c: balance_loss(s, config.moe, total_tokens, c))(statistics.router, global_counts)
-    z_L = jax.vmap(lambda s: router_z_loss(s, total_tokens))(statistics.router)
-    return jnp.mean(balance_L), jnp.mean(z_L)
+    balance = lambda s, total, *counts: balance_loss(s, config.moe, total, *counts)
+    return (_mean_over_layers(balance, statistics, total_tokens, global_counts),
+            _mean_over_layers(router_z_loss, statistics, total_tokens))
+
+
+def _mean_over_layers(loss, statistics, total_tokens, global_counts=None):
+    """The mean of ``loss(statistics, total[, counts])`` over layers."""
+    layers = (statistics.router,) if global_counts is None else (statistics.router, global_counts)
+    if jnp.ndim(total_tokens) == 0:
+        return jnp.mean(jax.vmap(lambda s, *counts: loss(s, total_tokens, *counts))(*layers))
+    return jnp.mean(jax.vmap(lambda total, s, *counts: loss(s, total, *counts))(total_tokens, *layers))
 
 
 def extra_losses(config: Config, statistics: MoEStatistics | None, total_tokens: jax.Array,
@@ -60,9 +120,8 @@ def extra_losses(config: Config, statistics: MoEStatistics | None, total_tokens:
     """The extra balancing losses that have a weight, each the mean over MoE layers, before their weights."""
     if statistics is None:
         return {}
-    moe, layers = config.moe, (statistics.router,) if global_counts is None else (statistics.router, global_counts)
-    return {name: jnp.mean(jax.vmap(lambda s, *c, name=name: extra_loss(name, s, moe, total_tokens, *c))(*layers))
-            for name in extra_weights(moe)}
+    loss = lambda name: lambda s, total, *counts: extra_loss(name, s, config.moe, total, *counts)
+    return {name: _mean_over_layers(loss(name), statistics, total_tokens, global_counts) for name in extra_weights(config.moe)}
 
 
 def _policy(config, vocab_size, statistics, ce_BS, weight_BS, mean_reward):
@@ -75,35 +134,49 @@ def _policy(config, vocab_size, statistics, ce_BS, weight_BS, mean_reward):
 
 
 def loss_fn(params: Any, config: Config, vocab_size: int, batch: Batch, bias_LE: jax.Array, key: jax.Array,
-            total_tokens: jax.Array, global_counts: Any = None,
+            totals: Totals, global_counts: Any = None,
             mean_reward: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any]]:
     """A microbatch's share of the global batch's loss.
 
-    Everything is divided by ``total_tokens``, the valid tokens of the *global* batch: the shares add up to the loss of
-    the whole batch, however it was cut and however unequally it is padded (B10–B13).
+    Everything is divided by ``totals`` of the *global* batch, what is predicted by its targets, what is routed by its valid
+    tokens: the shares add up to the loss of the whole batch, however it was cut and however unequally it is padded
+    (B10–B13).
 
     Returns:
-      total, exactly ce + output_z_weight·z + balance_weight·balance + router_z_weight·router_z + the extra balancing
-      losses and those of a policy times their weights (B04), with ce label-smoothed if asked for; and the parts,
-      unweighted, with ``loss/ce`` always the plain cross-entropy.
+      total, exactly ce + output_z_weight·z + balance_weight·balance + router_z_weight·router_z + mtp_weight·mtp + the extra
+      balancing losses and those of a policy times their weights (B04), with ce label-smoothed if asked for; and the parts,
+      unweighted, with ``loss/ce`` always the plain cross-entropy and ``loss/mtp`` that of further tokens, the mean over
+      depths, only if the model predicts any.
     """
     training, moe = config.training, config.moe
-    output = forward(config, vocab_size, params, batch, RoutingMode.training(config), bias_LE, key)
-    weight_BS = batch["valid"].astype(jnp.float32) / jnp.maximum(total_tokens, 1.0)
+    output = forward(config, vocab_size, params, batch, RoutingMode.training(config), bias_LE, key, further=True)
+    weight_BS = targets_of(batch).astype(jnp.float32) / jnp.maximum(totals.targets, 1.0)
     ce_BS, log_z_BS = cross_entropy(output.logits_BSV, batch["target_ids"])
     smoothed_BS = smoothed_cross_entropy(output.logits_BSV, ce_BS, log_z_BS, training.label_smoothing)
     output_z = jnp.sum(weight_BS * log_z_BS**2)
-    routed = total_tokens if moe.padding == "nowhere" else jnp.float32(config.tokens_per_step)
+    routed = totals.routed(config)
     balance, router_z = routing_losses(config, output.statistics, routed, global_counts)
     extra = extra_losses(config, output.statistics, routed, global_counts)
     policy, reward, advantages = _policy(config, vocab_size, output.statistics, ce_BS, weight_BS, mean_reward)
     extra, weights = extra | policy, extra_weights(moe) | policy_weights(moe)
+    if output.further_logits:
+        extra["mtp"], weights["mtp"] = _further_loss(output.further_logits, batch, totals), training.mtp_weight
     total = (jnp.sum(weight_BS * smoothed_BS) + training.output_z_weight * output_z
              + moe.balance_weight * balance + moe.router_z_weight * router_z
              + sum(weights[name] * value for name, value in extra.items()))
     parts = {"loss/ce": jnp.sum(weight_BS * ce_BS), "loss/output_z": output_z, "loss/balance": balance,
              "loss/router_z": router_z, "loss/total": total, **{f"loss/{name}": extra[name] for name in extra}, **reward}
     return total, {"sums": jax.lax.stop_gradient(parts), "routing": routing_sums(output.statistics) | advantages}
+
+
+def _further_loss(logits, batch, totals):
+    """Cross-entropy of multi-token prediction, the mean over depths (DeepSeek-V3 eq. 24–25)."""
+    losses = []
+    for depth, logits_BSV in enumerate(logits, start=1):
+        ids_BS, _, counted_BS = further_targets_of(batch, depth)
+        weight_BS = counted_BS.astype(jnp.float32) / jnp.maximum(totals.further_targets_D[depth - 1], 1.0)
+        losses.append(jnp.sum(weight_BS * cross_entropy(logits_BSV, ids_BS)[0]))
+    return sum(losses) / len(losses)
 
 
 def routing_sums(statistics: MoEStatistics | None) -> dict[str, jax.Array]:
@@ -139,16 +212,16 @@ def gradients(params: Any, config: Config, vocab_size: int, batch: Batch, bias_L
     ``mean_reward`` is that of earlier steps, for ``moe.policy_baseline='running'``; None: no step yet.
     """
     count = config.training.microbatches
-    total_tokens = jnp.sum(batch["valid"], dtype=jnp.float32)
+    totals = Totals.of(config, batch)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if count == 1:
-        (_, metrics), grads = grad_fn(params, config, vocab_size, batch, bias_LE, key, total_tokens, None, mean_reward)
+        (_, metrics), grads = grad_fn(params, config, vocab_size, batch, bias_LE, key, totals, None, mean_reward)
         return grads, metrics
     parts, keys = _microbatches(batch, count), jax.random.split(key, count)
     counts = _global_counts(params, config, vocab_size, parts, bias_LE, keys) if _needs_counts(config) else None
 
     def one(part, key):
-        (_, metrics), grads = grad_fn(params, config, vocab_size, part, bias_LE, key, total_tokens, counts, mean_reward)
+        (_, metrics), grads = grad_fn(params, config, vocab_size, part, bias_LE, key, totals, counts, mean_reward)
         return grads, metrics
 
     def step(carry, scanned):
@@ -182,7 +255,7 @@ def _global_counts(params, config, vocab_size, parts, bias_LE, keys):
     """
     def step(_, scanned):
         part, key = scanned
-        output = forward(config, vocab_size, params, part, RoutingMode.training(config), bias_LE, key)
+        output = forward(config, vocab_size, params, part, RoutingMode.training(config), bias_LE, key, further=True)
         return None, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=1), output.statistics.router)
 
     _, pooled = jax.lax.scan(step, None, (parts, keys))
@@ -205,7 +278,8 @@ def train_step(state: TrainState, batch: Batch, config: Config, vocab_size: int)
 
     Returns:
       The new state, and metrics: ``sums`` (loss parts), ``routing`` (see :func:`routing_sums`), ``grad_norm``,
-      ``router_grad_norm``, ``learning_rate``, ``tokens`` (valid ones), ``applied`` (bool).
+      ``router_grad_norm``, ``learning_rate``, ``tokens`` (valid ones), ``applied`` (bool), and ``targets`` where not every
+      token is one, ``routed_tokens_L`` where not all layers route all (multi-token prediction).
     """
     check_trainable(config)
     key = jax.random.fold_in(state["rng"], state["step"] + state["skipped"])
@@ -229,6 +303,11 @@ def train_step(state: TrainState, batch: Batch, config: Config, vocab_size: int)
         "tokens": jnp.sum(batch["valid"], dtype=jnp.float32),
         "applied": applied,
     }
+    totals = Totals.of(config, batch)
+    if "is_target" in batch:
+        metrics["targets"] = totals.targets
+    if jnp.ndim(totals.routed(config)):
+        metrics["routed_tokens_L"] = totals.routed(config)
     return new, metrics
 
 
