@@ -117,7 +117,7 @@ def _percentiles(found_R: np.ndarray, confidence: float) -> tuple[np.ndarray, np
 
 
 def resample_counts(document_T: np.ndarray, code_T: np.ndarray, size: int, statistic: Callable[[np.ndarray], np.ndarray],
-                    samples: int = 100, seed: int = 0) -> np.ndarray:
+                    samples: int = 50, seed: int = 0) -> np.ndarray:
     """A statistic of resampled counts, ``[R, …]``, where codes are too many for :func:`document_counts` (token id · E +
     expert): only the counts that are not 0 are kept.
 

@@ -12,7 +12,7 @@ from moe_jax.analysis.routing_counts import chosen_TK, count, ratios
 from moe_jax.analysis.routing_figures import panels, shown
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
 
-_BLOCKS, _ROWS = 128, 1 << 15  # blocks of documents that are resampled; tokens in one matrix product
+_BLOCKS = 128  # of documents, which are resampled
 
 
 def coactivation(records: Sequence[RoutingRecord]) -> Table:
@@ -59,7 +59,7 @@ def _table(record: RoutingRecord, pairs: list[tuple[int, int]], uniform: float, 
         unlinked.append(pair_counts(*_unlinked(a_TK, b_TK, within, random), experts))
         together, chosen = sums[-1].sum(axis=0).ravel()[kept], count(a_TK, experts)[one[kept]]
         ratio = np.divide(together, chosen, out=np.full(len(chosen), np.nan), where=chosen > 0)
-        rows.append((np.full(len(chosen), record.layers[first]), one[kept], other[kept], together.astype(np.int64), ratio))
+        rows.append((np.full(len(chosen), record.layers[first]), one[kept], other[kept], together, ratio))
     columns = dict(zip(("layer", "expert", "other", "together", "ratio"), map(np.concatenate, zip(*rows))))
     columns["uniform"] = np.full(len(columns["layer"]), uniform)
     partners = record.experts_per_token - within
@@ -73,25 +73,14 @@ def _table(record: RoutingRecord, pairs: list[tuple[int, int]], uniform: float, 
 
 
 def pair_counts(a_TK: np.ndarray, b_TK: np.ndarray, experts: int, block_T: np.ndarray | None = None) -> np.ndarray:
-    """How many tokens choose expert i in `a_TK` and j in `b_TK`, for each block of tokens, fp64 ``[blocks, E, E]``.
-
-    A token's sets as rows of zeros and ones, multiplied: exact in fp32 for fewer than 2²⁴ tokens at once.
-    """
-    order = np.arange(len(a_TK)) if block_T is None else np.argsort(block_T, kind="stable")
-    sizes = [len(a_TK)] if block_T is None else np.bincount(block_T)
-    sums_BEE, end = np.zeros((len(sizes), experts, experts)), 0
-    for block, size in enumerate(sizes):
-        begin, end = end, end + int(size)
-        for start in range(begin, end, _ROWS):
-            rows = order[start:min(start + _ROWS, end)]
-            sums_BEE[block] += _sets(a_TK[rows], experts).T @ _sets(b_TK[rows], experts)
-    return sums_BEE
-
-
-def _sets(chosen_TK: np.ndarray, experts: int) -> np.ndarray:
-    sets_TE = np.zeros((len(chosen_TK), experts + 1), np.float32)  # the last column takes -1
-    np.put_along_axis(sets_TE, np.where(chosen_TK >= 0, chosen_TK, experts), 1.0, axis=1)
-    return sets_TE[:, :experts]
+    """How many tokens choose expert i in `a_TK` and j in `b_TK`, for each block of tokens, int64 ``[blocks, E, E]``."""
+    blocks = 1 if block_T is None else int(block_T.max()) + 1
+    start_T = 0 if block_T is None else block_T * experts**2
+    sums = np.zeros(blocks * experts**2, np.int64)
+    for a_T in a_TK.T:
+        for b_T in b_TK.T:
+            sums += count(np.where((a_T >= 0) & (b_T >= 0), start_T + a_T * experts + b_T, -1), len(sums))
+    return sums.reshape(blocks, experts, experts)
 
 
 def _blocks(record: RoutingRecord) -> np.ndarray:
@@ -105,7 +94,7 @@ def _unlinked(a_TK: np.ndarray, b_TK: np.ndarray, within: bool, random: np.rando
     """The same choices dealt out anew among the tokens: the other layer's sets, or within a layer each rank by itself."""
     if not within:
         return a_TK, b_TK[random.permutation(len(b_TK))]
-    dealt_TK = random.permuted(a_TK, axis=0)
+    dealt_TK = np.stack([random.permutation(a_T) for a_T in a_TK.T], axis=1)
     return dealt_TK, dealt_TK
 
 

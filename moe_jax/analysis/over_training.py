@@ -7,7 +7,8 @@ import numpy as np
 
 from moe_jax.analysis.recording import RoutingRecord
 from moe_jax.analysis.report_figures import INK, MUTED, domains_by_expert, layer_lines, new_figure
-from moe_jax.analysis.routing_counts import chosen_TK, count, counts_LCE, drop_note, headline, pair_codes, ratios, top
+from moe_jax.analysis.routing_counts import (
+    chosen_TK, common_experts, count, counts_LCE, drop_note, headline, pair_codes, ratios, top)
 from moe_jax.analysis.routing_figures import grid, legend_above, panels
 from moe_jax.analysis.tables import MissingArray, Table, over_steps
 from moe_jax.analysis.vocabulary import codes_of, distinct_labels
@@ -55,10 +56,7 @@ def saturation(records: Sequence[RoutingRecord]) -> Table:
 
 def overlap(early_TK: np.ndarray, late_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each token the number of experts in both sets, and the number in the later one, ``[T]``."""
-    common_T = np.zeros(len(late_TK), np.int64)
-    for late_T in late_TK.T:
-        common_T += ((early_TK == late_T[:, None]).any(axis=1)) & (late_T >= 0)
-    return common_T, (late_TK >= 0).sum(axis=1)
+    return common_experts(late_TK, early_TK), (late_TK >= 0).sum(axis=1)
 
 
 def draw_saturation(table: Table) -> Any:
@@ -184,7 +182,7 @@ def divergence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(entropy((a + b) / 2) - (entropy(a) + entropy(b)) / 2, 0.0)
 
 
-def _of_others(measure, now_VE: np.ndarray, end_VE: np.ndarray, most: int = 256) -> float:
+def _of_others(measure, now_VE: np.ndarray, end_VE: np.ndarray, most: int = 32) -> float:
     """Mean of a measure over pairs of different ids; each id with at most `most` others, at even distances."""
     size = len(now_VE)
     shifts = np.unique(np.linspace(1, size - 1, min(most, size - 1)).round().astype(int))
