@@ -93,11 +93,11 @@ class MoEConfig:
 
     def __post_init__(self):
         at_least("moe", self, 0, "num_experts", "num_shared_experts", "router_jitter", "router_noise", "balance_weight",
-                  "importance_weight", "load_weight", "device_weight", "communication_weight", "router_z_weight",
-                  "bias_update_rate", "group_size", "groups_per_token", "num_identity_experts", "num_zero_experts",
-                  "num_constant_experts", "device_capacity_factor", "undropped_sequences", "first_dense_layers")
+                 "importance_weight", "load_weight", "device_weight", "communication_weight", "router_z_weight",
+                 "bias_update_rate", "group_size", "groups_per_token", "num_identity_experts", "num_zero_experts",
+                 "num_constant_experts", "device_capacity_factor", "undropped_sequences", "first_dense_layers")
         at_least("moe", self, 1, "experts_per_token", "every", "d_ff", "min_capacity", "num_groups", "capacity_multiple",
-                  "exchange_chunks")
+                 "exchange_chunks")
         at_least("moe", self, -1, "first")
         choice("moe", self, "activation", ACTIVATIONS)
         choice("moe", self, "score", ("softmax", "sigmoid"))
@@ -121,7 +121,7 @@ class MoEConfig:
         choice("moe", self, "policy_baseline", ("learned", "running", "none"))
         at_least("moe", self, 0, "policy_weight", "policy_entropy_weight", "policy_baseline_weight")
         require(0 <= self.policy_baseline_decay < 1, "moe.policy_baseline_decay", self.policy_baseline_decay,
-                 "must be at least 0 and below 1.")
+                "must be at least 0 and below 1.")
         for field in ("capacity_factor", "eval_capacity_factor", "router_init", "route_scale", "second_threshold",
                       "zero_expert_weight", "row_exchange_factor"):
             require(getattr(self, field) > 0, f"moe.{field}", getattr(self, field), "must be above 0.")
@@ -129,27 +129,27 @@ class MoEConfig:
         for field in ("bias_update", "bias_centered"):
             value, default = getattr(self, field), getattr(MoEConfig, field)
             require(value == default or self.bias_update_rate > 0, f"moe.{field}", value,
-                     f"has no effect without moe.bias_update_rate above 0; set that, or moe.{field}={default!r}.")
+                    f"has no effect without moe.bias_update_rate above 0; set that, or moe.{field}={default!r}.")
         for field in ("row_exchange", "row_exchange_factor", "exchange_chunks"):
             value, default = getattr(self, field), getattr(MoEConfig, field)
             require(value == default or self.expert_parallelism != "none", f"moe.{field}", value,
-                     f"has no effect with moe.expert_parallelism='none', under which no rows travel; set moe.{field}="
-                     f"{default!r}, or another moe.expert_parallelism.")
+                    f"has no effect with moe.expert_parallelism='none', under which no rows travel; set moe.{field}="
+                    f"{default!r}, or another moe.expert_parallelism.")
         if self.num_experts == 0:
             return
         require(self.experts_per_token <= self.num_routed_experts, "moe.experts_per_token", self.experts_per_token,
-                 f"a token cannot choose more than moe.num_experts={self.num_experts} experts"
-                 + (f" and {self.num_zero_computation} without computation." if self.num_zero_computation else "."))
+                f"a token cannot choose more than moe.num_experts={self.num_experts} experts"
+                + (f" and {self.num_zero_computation} without computation." if self.num_zero_computation else "."))
         self._check_kinds_of_experts()
         require(self.balance_scope != "document" or self.padding == "nowhere", "moe.padding", self.padding,
-                 "counts padding, which belongs to no document; set it to 'nowhere', or moe.balance_scope='sequence'.")
+                "counts padding, which belongs to no document; set it to 'nowhere', or moe.balance_scope='sequence'.")
         require(self.undropped_sequences <= 1, "moe.undropped_sequences", self.undropped_sequences, "must be at most 1.")
         require(self.undropped_sequences == MoEConfig.undropped_sequences or self.device_capacity_factor > 0,
-                 "moe.undropped_sequences", self.undropped_sequences,
-                 f"has no effect without moe.device_capacity_factor above 0; set that, or moe.undropped_sequences="
-                 f"{MoEConfig.undropped_sequences}.")
+                "moe.undropped_sequences", self.undropped_sequences,
+                f"has no effect without moe.device_capacity_factor above 0; set that, or moe.undropped_sequences="
+                f"{MoEConfig.undropped_sequences}.")
         choice("moe", self, "hash_function",
-                ("random", "bigram", "previous_token", "position", "balanced", "clustered", "dispersed"))
+               ("random", "bigram", "previous_token", "position", "balanced", "clustered", "dispersed"))
         at_least("moe", self, 0, "hash_seed", "experts_per_token_cap")
         at_least("moe", self, 1, "transport_iterations")
         choice("moe", self, "transport_plan", ("entropic", "quadratic", "k_sparse"))
@@ -158,33 +158,33 @@ class MoEConfig:
         require(self.transport_tolerance > 0, "moe.transport_tolerance", self.transport_tolerance, "must be above 0.")
         require(0 < self.cap_entropy <= 1, "moe.cap_entropy", self.cap_entropy, "must be above 0 and at most 1.")
         require(self.residual_ffn != "parallel" or self.num_shared_experts == 0, "moe.residual_ffn", self.residual_ffn,
-                 f"is one more feed-forward network that every token passes beside the routed experts, as are "
-                 f"moe.num_shared_experts={self.num_shared_experts}; use one of the two, or residual_ffn='sequential'.")
+                f"is one more feed-forward network that every token passes beside the routed experts, as are "
+                f"moe.num_shared_experts={self.num_shared_experts}; use one of the two, or residual_ffn='sequential'.")
         require(self.first < self.every, "moe.first", self.first,
-                 f"counts within a period of moe.every={self.every} layers; legal: -1 (the last of each period) to "
-                 f"{self.every - 1}.")
+                f"counts within a period of moe.every={self.every} layers; legal: -1 (the last of each period) to "
+                f"{self.every - 1}.")
 
     def _check_kinds_of_experts(self):
         widths = self.width_classes
         if self.expert_widths:
             count = sum(count for _, count in widths)
             require(count == self.num_experts, "moe.expert_widths", self.expert_widths,
-                     f"names {count} experts, but moe.num_experts={self.num_experts}; the counts must add up to it.")
+                    f"names {count} experts, but moe.num_experts={self.num_experts}; the counts must add up to it.")
             for field in ("dispatch", "eval_dispatch"):
                 require(getattr(self, field) in ("dropless", "reference"), f"moe.{field}", getattr(self, field),
-                         "fills one buffer [E, C, D] whose experts must be alike, but moe.expert_widths gives them "
-                         "unequal widths; set it to 'dropless' (or 'reference').")
+                        "fills one buffer [E, C, D] whose experts must be alike, but moe.expert_widths gives them "
+                        "unequal widths; set it to 'dropless' (or 'reference').")
         require(self.expert_copies == 0 or self.expert_copies >= self.num_experts, "moe.expert_copies", self.expert_copies,
-                 f"every expert needs a copy; set it to at least moe.num_experts={self.num_experts}, or to 0.")
+                f"every expert needs a copy; set it to at least moe.num_experts={self.num_experts}, or to 0.")
         require(self.expert_copies == 0 or not self.expert_widths, "moe.expert_copies", self.expert_copies,
-                 f"copies lie in one array and must be alike, but moe.expert_widths={self.expert_widths!r} gives experts unequal "
-                 f"widths; set it to 0.")
+                f"copies lie in one array and must be alike, but moe.expert_widths={self.expert_widths!r} gives experts unequal "
+                f"widths; set it to 0.")
         require(self.zero_expert_weight == 1 or self.num_zero_computation > 0, "moe.zero_expert_weight",
-                 self.zero_expert_weight, "has no effect without moe.num_identity_experts, moe.num_zero_experts or "
-                 "moe.num_constant_experts; add one of them, or set it to 1.0.")
+                self.zero_expert_weight, "has no effect without moe.num_identity_experts, moe.num_zero_experts or "
+                "moe.num_constant_experts; add one of them, or set it to 1.0.")
         require(self.num_constant_experts == 0 or self.gate_on == "output", "moe.gate_on", self.gate_on,
-                 "a constant expert weighs its input by the input, so a gate on the input would act twice; set "
-                 "moe.num_constant_experts=0, or moe.gate_on='output'.")
+                "a constant expert weighs its input by the input, so a gate on the input would act twice; set "
+                "moe.num_constant_experts=0, or moe.gate_on='output'.")
 
     @property
     def is_dense(self) -> bool:
@@ -217,6 +217,6 @@ class MoEConfig:
             count = count if times else "1"
             legal = all(part.strip().isdecimal() and int(part) > 0 for part in (width, count))
             require(legal, "moe.expert_widths", self.expert_widths,
-                     f"cannot be read at {entry.strip()!r}; wanted is width*count, separated by commas: '256*4,512*2'.")
+                    f"cannot be read at {entry.strip()!r}; wanted is width*count, separated by commas: '256*4,512*2'.")
             classes.append((int(width), int(count)))
         return tuple(classes)

@@ -22,21 +22,21 @@ class Config:
     def __post_init__(self):
         batch, microbatches = self.data.batch_size, self.training.microbatches
         require(batch % microbatches == 0, "training.microbatches", microbatches,
-                 f"must divide data.batch_size={batch}; nearest legal values: {nearest_divisors(microbatches, batch)}.")
+                f"must divide data.batch_size={batch}; nearest legal values: {nearest_divisors(microbatches, batch)}.")
         if self.optimizer.schedule != "rsqrt":
             require(self.optimizer.warmup_steps <= self.training.num_steps, "optimizer.warmup_steps",
-                     self.optimizer.warmup_steps,
-                     f"exceeds training.num_steps={self.training.num_steps}; the run would end inside its warm-up.")
+                    self.optimizer.warmup_steps,
+                    f"exceeds training.num_steps={self.training.num_steps}; the run would end inside its warm-up.")
         self._check_objective()
         if self.moe.is_dense:
             return
         require(self.model.num_layers > self.moe_offset, "moe.every", self.moe.every,
-                 f"gives no MoE layer among model.num_layers={self.model.num_layers}; set moe.every to at most "
-                 f"{self.model.num_layers}, or moe.num_experts=0 for a dense model.")
+                f"gives no MoE layer among model.num_layers={self.model.num_layers}; set moe.every to at most "
+                f"{self.model.num_layers}, or moe.num_experts=0 for a dense model.")
         self._check_first_dense_layers()
         require(self.model.attention != "splash" or self.moe.padding == "nowhere", "model.attention", self.model.attention,
-                 f"sees padding otherwise than the plain one, and moe.padding={self.moe.padding!r} makes that matter; set it "
-                 f"to 'auto' or 'plain', or moe.padding='nowhere'.")
+                f"sees padding otherwise than the plain one, and moe.padding={self.moe.padding!r} makes that matter; set it "
+                f"to 'auto' or 'plain', or moe.padding='nowhere'.")
         self._check_groups()
         # Imported here because the tables of names live with the code they name, and that code reads this module.
         from moe_jax.dispatch import DISPATCHERS
@@ -72,39 +72,39 @@ class Config:
         from moe_jax.routing import ROUTERS
         moe, nodes = self.moe, self.mesh.expert_nodes
         require(moe.exchange_chunks == 1 or moe.dispatch != "reference", "moe.exchange_chunks", moe.exchange_chunks,
-                 "has no effect with moe.dispatch='reference', under which no rows travel; set it to 1, or another dispatch.")
+                "has no effect with moe.dispatch='reference', under which no rows travel; set it to 1, or another dispatch.")
         if nodes == 1:
             return
         require(moe.dispatch == "dropless", "mesh.expert_nodes", nodes,
-                 f"is for tokens that travel row by row, but moe.dispatch={moe.dispatch!r} sends buffers of fixed capacity, a slot "
-                 f"for each choice; set moe.dispatch='dropless', or mesh.expert_nodes=1.")
+                f"is for tokens that travel row by row, but moe.dispatch={moe.dispatch!r} sends buffers of fixed capacity, a slot "
+                f"for each choice; set moe.dispatch='dropless', or mesh.expert_nodes=1.")
         require(moe.expert_parallelism != "none", "mesh.expert_nodes", nodes,
-                 "has no effect with moe.expert_parallelism='none', under which no rows travel; set it to 1, or another "
-                 "moe.expert_parallelism.")
+                "has no effect with moe.expert_parallelism='none', under which no rows travel; set it to 1, or another "
+                "moe.expert_parallelism.")
         require(ROUTERS[moe.router].fixed_choices, "mesh.expert_nodes", nodes,
-                 f"a token takes its choices along, of which moe.router={moe.router!r} makes any number; set it to 1, or a "
-                 f"router in which tokens choose.")
+                f"a token takes its choices along, of which moe.router={moe.router!r} makes any number; set it to 1, or a "
+                f"router in which tokens choose.")
 
     def _check_first_dense_layers(self):
         moe, leading = self.moe, self.moe.first_dense_layers
         require(leading == 0 or leading > self.moe_offset, "moe.first_dense_layers", leading,
-                 f"has no effect: with moe.every={moe.every} and moe.first={moe.first} the first {self.moe_offset} layers are "
-                 f"dense anyway; set it to 0, or to more than {self.moe_offset}.")
+                f"has no effect: with moe.every={moe.every} and moe.first={moe.first} the first {self.moe_offset} layers are "
+                f"dense anyway; set it to 0, or to more than {self.moe_offset}.")
         last = range(self.moe_offset, self.model.num_layers, moe.every)[-1]
         require(leading <= last, "moe.first_dense_layers", leading,
-                 f"leaves no MoE layer among model.num_layers={self.model.num_layers}; set it to at most {last}, or "
-                 f"moe.num_experts=0 for a dense model.")
+                f"leaves no MoE layer among model.num_layers={self.model.num_layers}; set it to at most {last}, or "
+                f"moe.num_experts=0 for a dense model.")
 
     def _check_groups(self):
         length, size = self.data.sequence_length, self.moe.group_size
         if size and self.moe.group_over == "sequence":
             require(length % size == 0 or size % length == 0, "moe.group_size", size,
-                     f"must divide data.sequence_length={length} or be a multiple of it; nearest legal values: "
-                     f"{nearest_divisors(size, length) if size < length else nearest_multiples(size, length)}.")
+                    f"must divide data.sequence_length={length} or be a multiple of it; nearest legal values: "
+                    f"{nearest_divisors(size, length) if size < length else nearest_multiples(size, length)}.")
         sequences, microbatch = self.sequences_per_group, self.data.batch_size // self.training.microbatches
         require(microbatch % sequences == 0, "moe.group_size", size,
-                 f"one group spans {sequences} sequences, which must divide the {microbatch} sequences of a microbatch; "
-                 f"nearest legal numbers of sequences: {nearest_divisors(sequences, microbatch)}.")
+                f"one group spans {sequences} sequences, which must divide the {microbatch} sequences of a microbatch; "
+                f"nearest legal numbers of sequences: {nearest_divisors(sequences, microbatch)}.")
 
     @property
     def sequences_per_group(self) -> int:

@@ -44,11 +44,11 @@ class ModelConfig:
         choice("model", self, "attention", ("auto", "plain", "splash"))
         choice("model", self, "remat", ("none", "block", "dots"))
         require(self.num_heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads,
-                 f"must divide model.num_heads={self.num_heads} (grouped-query attention); "
-                 f"nearest legal values: {nearest_divisors(self.num_kv_heads, self.num_heads)}.")
+                f"must divide model.num_heads={self.num_heads} (grouped-query attention); "
+                f"nearest legal values: {nearest_divisors(self.num_kv_heads, self.num_heads)}.")
         require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim,
-                 f"must be even (rotary embedding pairs dimensions); nearest legal values: "
-                 f"{nearest_multiples(self.head_dim, 2)}.")
+                f"must be even (rotary embedding pairs dimensions); nearest legal values: "
+                f"{nearest_multiples(self.head_dim, 2)}.")
         for field in ("norm_epsilon", "init_scale", "embedding_init", "rope_theta"):
             require(getattr(self, field) > 0, f"model.{field}", getattr(self, field), "must be above 0.")
 
@@ -79,7 +79,7 @@ class DataConfig:
         at_least("data", self, 2, "sequence_length")
         at_least("data", self, 0, "max_bytes", "seed")
         require(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
-                 "must lie between 0 and 1.")
+                "must lie between 0 and 1.")
         self._check_objective()
 
     def _check_objective(self):
@@ -146,13 +146,13 @@ class OptimizerConfig:
             value = getattr(self, field)
             require(0 <= value <= 1, f"optimizer.{field}", value, "must lie between 0 and 1.")
         require(self.name == "sgd" or self.momentum == 0, "optimizer.momentum", self.momentum,
-                 f"is used by sgd only, not by {self.name!r}; set it to 0.")
+                f"is used by sgd only, not by {self.name!r}; set it to 0.")
         require(self.schedule == "wsd" or self.decay_steps == 0, "optimizer.decay_steps", self.decay_steps,
-                 f"is used by schedule='wsd' only, not by {self.schedule!r}; set it to 0.")
+                f"is used by schedule='wsd' only, not by {self.schedule!r}; set it to 0.")
         require(self.schedule != "wsd" or self.decay_steps > 0, "optimizer.decay_steps", self.decay_steps,
-                 "schedule='wsd' (warm-up, stable, decay) needs the length of its decay: at least 1.")
+                "schedule='wsd' (warm-up, stable, decay) needs the length of its decay: at least 1.")
         require(self.schedule != "rsqrt" or self.warmup_steps > 0, "optimizer.warmup_steps", self.warmup_steps,
-                 "schedule='rsqrt' is 1/sqrt(max(step, warmup_steps)) and needs at least 1.")
+                "schedule='rsqrt' is 1/sqrt(max(step, warmup_steps)) and needs at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +182,9 @@ class TrainingConfig:
 
     def __post_init__(self):
         at_least("training", self, 1, "num_steps", "microbatches", "log_every", "eval_every", "eval_batches",
-                  "checkpoint_every", "keep_checkpoints")
+                 "checkpoint_every", "keep_checkpoints")
         at_least("training", self, 0, "output_z_weight", "mtp_weight", "sample_length", "max_skipped_steps", "seed",
-                  "profile_start", "profile_steps")
+                 "profile_start", "profile_steps")
         require(self.seed < 2**32, "training.seed", self.seed, "must be below 2**32.")
         choice("training", self, "nonfinite", ("stop", "skip"))
         for field in ("ema_decay", "label_smoothing"):
