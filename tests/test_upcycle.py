@@ -15,6 +15,7 @@ from moe_jax.models.decoder import layer_paths
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.moe import MoELayer, RoutingMode
 from moe_jax.training.named_arrays import flatten, nest
+from moe_jax.training.state import initial_state
 from moe_jax.training.upcycle import Upcycling, check_upcyclable, upcycled
 
 __all__ = ["moe_jax"]
@@ -107,15 +108,31 @@ def of_layer(tree, config, layer, name):
     return array[row] if where.startswith("body/") else array
 
 
+def shapes(config):
+    return jax.eval_shape(lambda: initial_state(config, tiny.VOCAB))
+
+
 def test_layer_paths_are_those_of_the_parameters():
-    for settings in ({}, dict(moe_every=3, moe_first=0), dict(model_scan_layers=False), dict(moe_first_dense_layers=2)):
+    for settings in ({}, dict(moe_every=3, moe_first=0), dict(model_scan_layers=False), dict(moe_first_dense_layers=2, model_mtp_depth=1)):
         config = tiny.config(**settings)
-        flat, layers = flatten(tiny.params(config)), layer_paths(config)
-        assert sorted(layer for found in layers.values() for layer in found) == list(range(4))
+        flat, layers = flatten(shapes(config)["params"]), layer_paths(config)
+        assert sorted(layer for found in layers.values() for layer in found) == list(range(4 + config.model.mtp_depth))
         for where, found in layers.items():
             assert f"{where}/attention_norm/scale_D" in flat
             for layer in found:
-                assert (f"{where}/moe/w_router_DE" in flat) == (layer in config.moe_layers)
+                assert (f"{where}/moe/w_router_DE" in flat) == (layer in config.trained_moe_layers)
+
+
+def test_layers_that_predict_further_tokens_become_mixtures_too():
+    config, sparse = (tiny.config(**settings, model_mtp_depth=1) for settings in (DENSE, SPARSE))
+    rng = np.random.default_rng(0)
+    state = {**shapes(config), "step": np.int32(0)}
+    for name in ("params", "ema"):
+        state[name] = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), state[name])
+    new = upcycled(state, config, sparse, tiny.VOCAB)
+    for expert in of_layer(new["params"], sparse, 4, "moe/experts/w_out_EFD"):
+        np.testing.assert_array_equal(expert, of_layer(state["params"], config, 4, "mlp/w_out_FD"))
+    assert new["router_bias_LE"].shape == (3, 4)
 
 
 def test_every_weight_is_a_copy_and_the_router_that_of_a_new_run(dense):

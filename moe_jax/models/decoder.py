@@ -163,13 +163,15 @@ def config_pattern(config: Config) -> tuple[tuple[bool, ...], tuple[int, int, in
 
 
 def layer_paths(config: Config) -> dict[str, tuple[int, ...]]:
-    """Where the parameters of layers lie: ``'body/layers/1'`` -> which layers, 0 … ``num_layers`` − 1. Arrays below ``body``
-    are stacked over these; below ``first`` and ``last`` there is one of them, and no leading dimension."""
+    """Where the parameters of layers lie: ``'body/layers/1'`` -> which layers, 0 … ``num_layers`` − 1, and from there on those of
+    multi-token prediction. Arrays below ``body`` are stacked over these; elsewhere there is one of them, and no leading
+    dimension."""
     is_moe, (prefix, period, repeats) = config_pattern(config)
     end = prefix + period * repeats
     return {**{f"first/{i}/layers/0": (i,) for i in range(prefix)},
             **{f"body/layers/{i}": tuple(prefix + i + period * r for r in range(repeats)) for i in range(period)},
-            **{f"last/{i - end}/layers/0": (i,) for i in range(end, len(is_moe))}}
+            **{f"last/{i - end}/layers/0": (i,) for i in range(end, len(is_moe))},
+            **{f"mtp/{i}/block/layers/0": (len(is_moe) + i,) for i in range(config.model.mtp_depth)}}
 
 
 def moe_layer_paths(config: Config) -> dict[str, tuple[int, ...]]:
