@@ -10,8 +10,9 @@ import records
 
 from moe_jax.analysis import prediction
 from moe_jax.analysis.prediction import (
-    Fitted, common_experts, expert_prediction, first_half, fit, has_previous, prediction_recall, random_exact, ranks,
+    Fitted, expert_prediction, first_half, fit, has_previous, prediction_recall, random_exact, ranks,
     token_overlap)
+from moe_jax.analysis.routing_counts import common_experts
 from moe_jax.analysis.tables import MissingArray
 
 

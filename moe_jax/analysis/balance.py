@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from moe_jax.analysis.bootstrap import Interval, bootstrap, document_counts
-from moe_jax.analysis.prediction import common_experts
 from moe_jax.analysis.recording import RoutingRecord
-from moe_jax.analysis.routing_counts import counts_LCE, domain_codes
+from moe_jax.analysis.routing_counts import common_experts, counts_LCE, domain_codes
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest, over_steps
 from moe_jax.training.metrics import DEAD_EXPERT_LOAD, expert_load
 
@@ -265,14 +264,15 @@ def burst_stream(domains_T: np.ndarray, documents_T: np.ndarray, domain: int, to
     domains_T, (_, documents_T) = np.asarray(domains_T), np.unique(documents_T, return_inverse=True)
     nowhere = np.iinfo(np.int64).min
     number_T = np.full(len(domains_T), nowhere)
-    rank_D = np.random.default_rng(seed).permutation(documents_T.max(initial=0) + 1)
-    order_T = np.argsort(rank_D[documents_T], kind="stable")
+    random, documents = np.random.default_rng(seed), documents_T.max(initial=0) + 1
+    order_T, other_order_T = (np.argsort(random.permutation(documents)[documents_T], kind="stable") for _ in range(2))
     own_T = order_T[domains_T[order_T] == domain]
     burst = min(burst, len(own_T) // (2 * tokens))
     in_burst_T = own_T[:burst * tokens]
     taken_T = np.zeros(len(domains_T), bool)
     taken_T[in_burst_T] = True
-    rest_T = order_T[~taken_T[order_T]]
+    # Another order: in the same one the rest of the domain would come last, after all the batches.
+    rest_T = other_order_T[~taken_T[other_order_T]]
     calm = min(calm, len(rest_T) // (2 * tokens))
     if not burst or not calm:
         return number_T, np.array([], "<U6")

@@ -16,21 +16,12 @@ import numpy as np
 
 from moe_jax.analysis.bootstrap import Interval, bootstrap, document_counts
 from moe_jax.analysis.recording import RoutingRecord
-from moe_jax.analysis.routing_counts import chosen_TK, count, pair_codes
+from moe_jax.analysis.routing_counts import chosen_TK, common_experts, count, pair_codes
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
 
 MOST_TESTED = 1 << 17  # tokens that predictions are tested on; more would change the fourth digit
 _AT_ONCE = 1 << 15  # tokens whose scores of all experts are held at once
 _TIE = 1e-9  # what popularity adds to a score: it decides between equals only
-
-
-def common_experts(experts_TK: np.ndarray, other_TM: np.ndarray) -> np.ndarray:
-    """How many of a token's experts are among the others, ``[..., T]``; nowhere (-1) matches nothing."""
-    found_T = np.zeros(experts_TK.shape[:-1], np.int64)
-    for choice in range(experts_TK.shape[-1]):
-        expert_T1 = experts_TK[..., choice, None]
-        found_T += ((other_TM == expert_T1) & (expert_T1 >= 0)).any(axis=-1)
-    return found_T
 
 
 def membership(experts_NK: np.ndarray, num_experts: int) -> np.ndarray:

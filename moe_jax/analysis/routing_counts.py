@@ -37,6 +37,15 @@ def pair_codes(code_T: np.ndarray, experts_TK: np.ndarray, num_experts: int) -> 
     return np.where((code_T1 >= 0) & (experts_TK >= 0), code_T1 * num_experts + experts_TK, -1)
 
 
+def common_experts(experts_TK: np.ndarray, other_TM: np.ndarray) -> np.ndarray:
+    """How many of a token's experts are among the others, ``[..., T]``; nowhere (-1) matches nothing."""
+    found_T = np.zeros(experts_TK.shape[:-1], np.int64)
+    for choice in range(experts_TK.shape[-1]):
+        expert_T1 = experts_TK[..., choice, None]
+        found_T += ((other_TM == expert_T1) & (expert_T1 >= 0)).any(axis=-1)
+    return found_T
+
+
 def count(code: np.ndarray, size: int) -> np.ndarray:
     """How often each of 0 … size - 1 occurs, int64 ``[size]``; numbers below 0 are not counted."""
     code = np.asarray(code).ravel()
