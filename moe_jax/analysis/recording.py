@@ -142,9 +142,6 @@ def _as(name: str, values: Any, dtype: type) -> np.ndarray:
 
 def _check(record: RoutingRecord) -> None:
     """Raises RecordError where sizes or values contradict each other."""
-    for name in _REQUIRED:
-        if getattr(record, name) is None:
-            raise RecordError(f"{name} is missing; every record has it")
     if record.experts_LTK.ndim != 3 or not record.experts_LTK.size:
         raise RecordError(f"experts_LTK has shape {record.experts_LTK.shape}; wanted are layers, tokens and choices, at "
                           f"least one of each")
@@ -245,17 +242,17 @@ def _assembled(single: Any, arrays: dict[str, np.ndarray]) -> RoutingRecord:
     known = {field.name for field in dataclasses.fields(RoutingRecord)} - set(_DTYPES)
     if known != set(single):
         raise RecordError(f"record.json holds {sorted(single)}, not {sorted(known)}")
-    if "experts_LTK" in arrays and arrays["experts_LTK"].ndim == 3:
-        shape = arrays["experts_LTK"].shape
-        for name in set(_BITS) & set(arrays):
-            bits, wanted = arrays[name], -(-int(np.prod(shape)) // 8)
-            if bits.dtype != np.uint8 or bits.shape != (wanted,):
-                raise RecordError(f"{name} has {bits.shape} bytes of {bits.dtype}, but {wanted} are needed for {shape} bits")
-            arrays[name] = np.unpackbits(bits, count=int(np.prod(shape))).astype(bool).reshape(shape)
+    if missing := [name for name in _REQUIRED if name not in arrays]:
+        raise RecordError(f"{missing[0]} is missing; every record has it")
+    shape = arrays["experts_LTK"].shape
+    for name in set(_BITS) & set(arrays):
+        bits, wanted = arrays[name], -(-int(np.prod(shape)) // 8)
+        if bits.dtype != np.uint8 or bits.shape != (wanted,):
+            raise RecordError(f"{name} has {bits.shape} bytes of {bits.dtype}, but {wanted} are needed for {shape} bits")
+        arrays[name] = np.unpackbits(bits, count=int(np.prod(shape))).astype(bool).reshape(shape)
     arrays = {name: values.astype(np.float32) if name in _HALVES and values.dtype == np.float16 else values
               for name, values in arrays.items()}
-    missing = {name: None for name in _REQUIRED if name not in arrays}
-    return RoutingRecord(**single, **arrays, **missing)
+    return RoutingRecord(**single, **arrays)
 
 
 # Recording a model.
