@@ -84,6 +84,7 @@ def measure(config, passes: int, batches: int) -> dict:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [a / b for a, b in zip(seconds["recording"], seconds["evaluation"])]
     return {"ratio": median["recording"] / median["evaluation"], "ratio_quartiles": quartiles(ratios),
+            "ratio_with_file": (median["recording"] + written) / median["evaluation"],
             "evaluation_seconds": median["evaluation"], "recording_seconds": median["recording"], "write_seconds": written,
             "bytes_per_token": size / result.num_tokens, "tokens": result.num_tokens, "passes": passes,
             "dispatch": mode.dispatch, "mesh": dict(run.mesh.shape), "load_average": os.getloadavg()[0], **_versions()}

@@ -36,7 +36,7 @@ from moe_jax.sharding import compiler_options, over_groups
 from moe_jax.training.evaluate import put_batch
 from moe_jax.training.run import Run
 from moe_jax.training.state import model_graph
-from moe_jax.training.step import Batch
+from moe_jax.training.step import Batch, check_statistics, forward
 
 FORMAT = 1
 # On disk each in the smallest type that holds it; these in half precision, which is finer than any figure shows.
@@ -300,8 +300,8 @@ def check_recordable(config: Config) -> None:
         raise RecordError("The model is dense: it has no router, so there is no routing to analyse. Give a run with "
                           "moe.num_experts above 0")
     if jax.process_count() > 1:
-        raise RecordError(f"Routing is recorded by one process, not by {jax.process_count()}: each has only its rows. Run this "
-                          f"command alone, on one host that the model fits on")
+        raise RecordError(f"Routing is recorded by one process, not by {jax.process_count()}: each has only its rows. Run "
+                          f"this command alone, on one host that the model fits on")
 
 
 @functools.lru_cache(maxsize=16)
@@ -317,9 +317,10 @@ def recorded_arrays(params: Any, batch: Batch, bias_LE: jax.Array, config: Confi
 
     K is E for routers that give tokens any number of experts.
     """
-    model = nnx.merge(model_graph(config, vocab_size), params)
     ids_BS, positions_BS, valid_BS = batch["input_ids"], batch["positions"], batch["valid"]
-    output = model(ids_BS, positions_BS, batch["segment_ids"], valid_BS, mode, bias_LE)
+    output = forward(config, vocab_size, params, batch, mode, bias_LE)
+    check_statistics(config, output.statistics)
+    model = nnx.merge(model_graph(config, vocab_size), params)
     statistics, layout = output.statistics, GroupLayout(*ids_BS.shape, config)
     valid_GT = layout.split(valid_BS)
     layer_of = lambda tree, layer: jax.tree.map(lambda leaf: leaf[layer], tree)
@@ -337,7 +338,8 @@ def recorded_arrays(params: Any, batch: Batch, bias_LE: jax.Array, config: Confi
     ahead.append(jnp.full_like(chosen[-1][0], -1))
     view = {"entropy_LT": statistics.view.entropy_BS, "confidence_LT": statistics.view.confidence_BS,
             "logit_norm_LT": statistics.view.logit_norm_BS}
-    return {"experts_LTK": experts_LBSK, "gates_LTK": gates_LBSK, "kept_LTK": kept_LBSK, "next_experts_LTK": jnp.stack(ahead),
+    return {"experts_LTK": experts_LBSK, "gates_LTK": gates_LBSK, "kept_LTK": kept_LBSK,
+            "next_experts_LTK": jnp.stack(ahead),
             "predicted_ids_T": jnp.argmax(output.logits_BSV, axis=-1).astype(jnp.int32),
             **{name: values for name, values in view.items() if values is not None}}
 
@@ -414,4 +416,5 @@ def token_texts(vocabulary: Vocabulary) -> tuple[str, ...]:
     """The text of every id, for people: ids without text and single bytes of longer characters get a name in <>."""
     names = {PAD_ID: "<start>", EOS_ID: "<end>", UNKNOWN_ID: "<unknown>"}
     texts = (vocabulary.decode([number]) for number in range(vocabulary.vocab_size))
-    return tuple(names.get(number, text if text not in ("", "\ufffd") else f"<{number}>") for number, text in enumerate(texts))
+    shown = (f"<{number}>" if text in ("", "\ufffd") else text for number, text in enumerate(texts))
+    return tuple(names.get(number, text) for number, text in enumerate(shown))

@@ -122,9 +122,10 @@ def check_out(out: pathlib.Path) -> None:
 def summary(records: Sequence[RoutingRecord], outcomes: Sequence[Outcome], out: pathlib.Path) -> dict[str, Any]:
     """The numbers of a report, for programs: headlines by analysis, and why others are missing."""
     newest = records[-1]
-    done = {outcome.analysis.name: {"source": outcome.analysis.source, "headlines": [
-        {name: _finite(value) for name, value in dataclasses.asdict(headline).items()} for headline in outcome.table.headlines]}
-        for outcome in outcomes if outcome.table is not None}
+    numbers = lambda headline: {name: _finite(value) for name, value in dataclasses.asdict(headline).items()}
+    done = {outcome.analysis.name: {"source": outcome.analysis.source,
+                                    "headlines": [numbers(headline) for headline in outcome.table.headlines]}
+            for outcome in outcomes if outcome.table is not None}
     return {"report": str(out / PAGE), "step": newest.step, "steps": [record.step for record in records],
             "tokens": newest.num_tokens, "data": newest.data, "dispatch": newest.dispatch, "config_hash": newest.config_hash,
             "analyses": done, "not_possible": {o.analysis.name: o.reason for o in outcomes if o.table is None}}
@@ -185,8 +186,9 @@ def _headline(outcomes: Sequence[Outcome]) -> str:
     if not rows:
         return '<p class="verdict unknown">None of the analyses came to a number.</p>'
     table = table_block(("analysis", "number", "value", "95 % interval", "reference"), rows, "numbers headlines")
-    note = ("The first number of each analysis; the others stand below the figures. Intervals are by bootstrap over documents. "
-            "The reference is what the number would be if routing knew nothing of the text, or the baseline that is named.")
+    note = ("The first number of each analysis; the others stand below the figures. Intervals are by bootstrap over "
+            "documents. The reference is what the number would be if routing knew nothing of the text, or the baseline that "
+            "is named.")
     return f'{table}<p class="caption">{note}</p>'
 
 
@@ -196,7 +198,9 @@ def _cells(headline: Headline) -> tuple[str, str, str, str]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None or not np.isfinite(value) else f"{value:,.3g}"
+    if value is None or not np.isfinite(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _section(outcome: Outcome) -> str:

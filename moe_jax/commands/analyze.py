@@ -14,7 +14,9 @@ class _Checkpoint(argparse.Action):
     """A run directory, or one of its checkpoints: also sets ``step``."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        path = pathlib.Path(values)
+        if namespace.named_by:
+            parser.error(f"{namespace.named_by} and {option_string} both name the run; give one of them")
+        namespace.named_by, path = option_string, pathlib.Path(values)
         match = _STEP.fullmatch(path.name)
         if match and path.absolute().parent.name == "checkpoints":
             namespace.workdir, namespace.step = str(path.absolute().parent.parent), int(match.group(1))
@@ -34,7 +36,7 @@ def add(commands) -> None:
     command.add_argument("--data", default="", metavar="SOURCE", help="other text, named as data.source is, e.g. files:FOLDER "
                          "with a folder per domain; all of it is read (default: the run's held-out text)")
     command.add_argument("--out", default="", metavar="FOLDER", help="where the report goes (default: "
-                         "WORKDIR/routing_report)")
+                         "WORKDIR/routing_report, with --record ./routing_report)")
     command.add_argument("--batches", type=int, help="evaluation batches to record; 0 = all of them (default: about 131,072 "
                          "tokens)")
     command.add_argument("--dispatch", default="", help="dropless, gather, einsum or reference (default: the config's "
@@ -45,7 +47,8 @@ def add(commands) -> None:
     command.add_argument("--devices", type=int, help="CPU devices to pretend to have where there is no accelerator (default: as "
                          "in training)")
     # One process has to hold all rows.
-    command.set_defaults(step=None, distributed=False, coordinator=None, num_processes=None, process_id=None, timeout=None)
+    command.set_defaults(distributed=False, coordinator=None, num_processes=None, process_id=None, timeout=None)
+    command.set_defaults(step=None, named_by="")
 
 
 def run(arguments, overrides) -> int:
@@ -74,12 +77,12 @@ def _check_together(arguments, overrides) -> None:
     if not arguments.record:
         return
     without = {"--data": arguments.data, "--dispatch": arguments.dispatch, "--batches": arguments.batches is not None,
-               "--turn-separator": arguments.turn_separator is not None, "--checkpoint": arguments.step is not None,
+               "--turn-separator": arguments.turn_separator is not None, arguments.named_by: arguments.named_by,
                "--config.…": overrides}
     for option, given in without.items():
         if given:
-            raise CommandError(f"{option}: says how to record, and --record={arguments.record[0]} is recorded already; leave "
-                               f"one of them out")
+            raise CommandError(f"{option}: says what to record, and --record={arguments.record[0]} is recorded already; "
+                               f"leave one of them out")
 
 
 def _sorted_out(records):
