@@ -60,7 +60,10 @@ def main() -> None:
     parser.add_argument("--scale", default="quick", choices=("quick", "full"))
     scale = parser.parse_args().scale
     runs = read(scale)
-    law, rest = fit(runs["parameters"], runs["experts"], runs["loss"])
+    try:
+        law, rest = fit(runs["parameters"], runs["experts"], runs["loss"])
+    except ValueError as error:
+        raise SystemExit(f"{error}. Run moe-jax sweep experiments/expert_count --scale={scale} first.")
     buffer = io.BytesIO()
     draw(runs, law).savefig(buffer, format="png", metadata={"Software": None})
     with whole(FOLDER / "results" / "law.png") as file:
