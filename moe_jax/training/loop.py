@@ -356,7 +356,7 @@ class _Trainer:
         values = {"loss/ce": summary["ce"], "bits_per_byte": summary["bits_per_byte"], "tokens": summary["tokens"]}
         values |= {f"domain/{name}/ce": part["ce"] for name, part in summary["domains"].items()}
         if self.run.data.objective_validation is not None:
-            own = self.sums(RoutingMode.evaluation(self.config), objective=True)
+            own = self.sums(RoutingMode.evaluation(self.config, record=True), objective=True)
             sums["objective_ce"] = values["objective/ce"] = loss_summary(own, self.run.data.domains)["ce"]
         if not self._line_is_there():
             self.writer.write(self.step, values, kind="eval")
