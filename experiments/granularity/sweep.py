@@ -1,7 +1,7 @@
 """Muennighoff et al. 2024 (OLMoE), figure 5: the same parameters and FLOPs in fewer large or more small experts."""
 
 from experiments.base import SCALES, get_config
-from moe_jax.sweeps import Sweep, falls, minus
+from moe_jax.sweeps import Scale, Sweep, falls, minus
 
 
 def experts(count: int) -> dict:
@@ -16,7 +16,7 @@ SWEEP = Sweep(
     question="Are many small experts better than few large ones that cost the same?",
     paper="Muennighoff et al. 2024, figure 5",
     config=get_config,
-    settings={"moe.dispatch": "dropless"},
+    settings={"moe.every": 1, "moe.dispatch": "dropless"},
     arms={"8-top-1": experts(8), "16-top-2": experts(16), "32-top-4": experts(32), "64-top-8": experts(64)},
     expected=(
         falls("ce", "8-top-1", "32-top-4"),
@@ -24,5 +24,5 @@ SWEEP = Sweep(
         falls("ce", minus("8-top-1", "32-top-4"), minus("32-top-4", "64-top-8")),
     ),
     metrics=("ce", "load_max", "entropy"),
-    scales=SCALES,
+    scales={**SCALES, "quick": Scale(3, {"training.num_steps": 600})},
 )
