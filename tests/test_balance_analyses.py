@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import records
 
-from moe_jax.analysis import balance, load_figures
+from moe_jax.analysis import balance
 from moe_jax.analysis.balance import (
     MEASURES, balance_by_position, batch_counts, burst_stream, collapse_over_training, distribution_shift, expert_loads,
     max_violation_batch, position_buckets, route_overlap, router_confidence, uniform_counts)
@@ -230,22 +230,3 @@ def test_a_planted_collapse_is_seen_over_training():
         collapse_over_training(steps[::-1])
     short = collapse_over_training([dataclasses.replace(each, confidence_LT=None, logit_norm_LT=None) for each in steps])
     assert "confidence" not in short["measure"] and "MaxVio" in short["measure"]
-
-
-# Figures.
-
-
-@pytest.mark.parametrize("layers", [1, 3])
-def test_every_axis_says_what_it_shows(layers):
-    record = records.make(tokens=8192, layers=layers, documents=64)
-    record = with_confidence(record, np.random.default_rng(0).random((layers, 8192)))
-    steps = [record, dataclasses.replace(record, step=200)]
-    for name in ("balance", "expert_loads", "balance_by_position", "distribution_shift", "router_confidence",
-                 "collapse_over_training"):
-        table = getattr(balance, name)(steps)
-        figure = getattr(load_figures, name)(table)
-        assert f"{record.num_tokens:,}" in table.caption
-        for axis in figure.axes:
-            assert not axis.get_visible() or (axis.get_xlabel() and axis.get_ylabel()), name
-        labels = [line.get_label() for axis in figure.axes for line in axis.lines]
-        assert any(word in label for label in labels for word in ("random choice", "fair share", "no preference")), name

@@ -103,14 +103,14 @@ def batch_tokens(record: RoutingRecord) -> int:
 
 
 def batch_counts(record: RoutingRecord, tokens: int) -> np.ndarray:
-    """Choices of each expert in each batch of so many consecutive tokens, ``[L, N, E]``; what is left over is not counted."""
+    """Choices of each expert in each batch of so many consecutive tokens, ``[L, N, E]``; the rest is not counted."""
     batches = record.num_tokens // tokens
     number_T = np.arange(record.num_tokens) // tokens
     return counts_LCE(record, np.where(number_T < batches, number_T, -1), batches)
 
 
 def max_violation_batch(record: RoutingRecord, tokens: int | None = None) -> np.ndarray:
-    """MaxVio of a batch, mean over batches (MaxVio_batch, Wang et al. 2024), ``[L]``; the paper's figure is the mean of it."""
+    """MaxVio of a batch, mean over batches, ``[L]``; its mean is MaxVio_batch (Wang et al. 2024)."""
     return max_violation(batch_counts(record, tokens or batch_tokens(record))).mean(axis=1)
 
 
@@ -136,14 +136,15 @@ def balance(records: Sequence[RoutingRecord]) -> Table:
         headlines.append(_headline(f"{name}, mean over layers", interval, uniform))
         if name == "MaxVio global":
             batch_L, uniform = max_violation_batch(record, tokens), uniform_value(measure, tokens, record)
-            rows += [("MaxVio batch", layer, value, np.nan, np.nan, uniform) for layer, value in zip(record.layers, batch_L)]
-            headlines.append(Headline(f"MaxVio batch ({tokens:,} tokens), mean over layers", float(batch_L.mean()), uniform))
+            rows += [("MaxVio batch", *row, np.nan, np.nan, uniform) for row in zip(record.layers, batch_L)]
+            name = f"MaxVio batch ({tokens:,} tokens), mean over layers"
+            headlines.append(Headline(name, float(batch_L.mean()), uniform))
     caption = (
-        f"Load of the experts over {record.num_tokens:,} tokens, all choices, before drops; MaxVio = (largest load - mean) / "
-        f"mean, over everything (global) and the mean over batches of {tokens:,} consecutive tokens. Bars: 95 % of resampled "
-        f"documents. Dashed: a random choice on as many tokens. Unbalanced is what lies clearly off the dashed line; a dead "
-        f"expert has less than 1 % of the fair share. Wang et al. 2024 report MaxVio global 0.04 with loss-free balancing and "
-        f"0.72 with an auxiliary loss (1B parameters)."
+        f"Load of the experts over {record.num_tokens:,} tokens, all choices, before drops; MaxVio = (largest load - "
+        f"mean) / mean, over everything (global) and the mean over batches of {tokens:,} consecutive tokens. Bars: 95 "
+        f"% of resampled documents. Dashed: a random choice on as many tokens. Unbalanced is what lies clearly off the "
+        f"dashed line; a dead expert has less than 1 % of the fair share. Wang et al. 2024 report MaxVio global 0.04 "
+        f"with loss-free balancing and 0.72 with an auxiliary loss (1B parameters)."
     )
     return Table(_columns("measure layer value low high uniform", rows), caption, tuple(headlines))
 
@@ -210,7 +211,7 @@ def balance_by_position(records: Sequence[RoutingRecord], least_tokens: int = 25
     tokens_B = np.bincount(bucket_T, minlength=len(edges) - 1)
     shown = [bucket for bucket in range(len(tokens_B)) if tokens_B[bucket] >= least_tokens]
     if not shown:
-        raise MissingArray(f"No range of positions has {least_tokens} tokens; record more than {record.num_tokens:,} tokens")
+        raise MissingArray(f"No range of positions has {least_tokens} tokens; record more than {record.num_tokens:,}")
     rows = []
     for bucket in shown:
         of_bucket = _some(record, bucket_T == bucket)
@@ -222,10 +223,10 @@ def balance_by_position(records: Sequence[RoutingRecord], least_tokens: int = 25
             rows += [(name, layer, edges[bucket], edges[bucket + 1] - 1, tokens_B[bucket], *values, uniform)
                      for layer, *values in zip(record.layers, interval.value, interval.low, interval.high)]
     caption = (
-        f"Balance of the load by the context that a token has (its position in its document, buckets that double), over "
-        f"{tokens_B[shown].sum():,} tokens. Dashed: a random choice on as many tokens as the bucket has, which rises where "
-        f"tokens are few. A line that leaves the dashed one with growing context means that long contexts load the experts "
-        f"less evenly."
+        f"Balance of the load by the context that a token has (its position in its document, buckets that double), "
+        f"over {tokens_B[shown].sum():,} tokens. Dashed: a random choice on as many tokens as the bucket has, which "
+        f"rises where tokens are few. A line that leaves the dashed one with growing context means that long contexts "
+        f"load the experts less evenly."
     )
     names = "measure layer first_position last_position tokens value low high uniform"
     table = Table(_columns(names, rows), caption)
@@ -294,6 +295,8 @@ def distribution_shift(records: Sequence[RoutingRecord]) -> Table:
     rows, headlines, left_out = [], [], []
     sums_DLE = document_expert_counts(record)
     domains_T, names = domain_codes(record)
+    if len(names) < 2:
+        raise MissingArray(f"A shift from domain to domain needs two domains; the record has {names[0]} alone")
     for domain, name in enumerate(names):
         number_T, phases = burst_stream(domains_T, record.documents_T, domain, tokens)
         if not len(phases):
@@ -306,15 +309,16 @@ def distribution_shift(records: Sequence[RoutingRecord]) -> Table:
         rows += [(name, batch - calm, *values, uniform) for batch, values in enumerate(
             zip(phases, own_N, violation_LN.mean(axis=0), violation_LN.max(axis=0)))]
         alone = _with_mean(max_violation, None, document_expert_counts(_some(record, domains_T == domain)))
-        headlines.append(_headline(f"MaxVio of {name} alone, mean over layers (reference: of as many tokens of everything)",
+        headlines.append(_headline(f"MaxVio of {name} alone, mean over layers (reference: as many tokens of everything)",
                                    alone, _of_everything(sums_DLE, (domains_T == domain).mean())))
     if not rows:
-        raise MissingArray(f"No domain has two batches of {tokens:,} tokens; record more than {record.num_tokens:,} tokens")
+        raise MissingArray(f"No domain has two batches of {tokens:,} tokens; record more than {record.num_tokens:,}")
     without = f" Too few tokens for a burst: {', '.join(left_out)}." if left_out else ""
     caption = (
-        f"A burst of one domain in a stream of batches of {tokens:,} tokens (documents of {record.num_tokens:,} tokens put in "
-        f"another order; the router does not learn from it): MaxVio of each batch, mean over layers. Dashed: a random choice. "
-        f"A router that specialises by domain jumps in the shaded batches; one that does not stays level.{without}"
+        f"A burst of one domain in a stream of batches of {tokens:,} tokens (documents of {record.num_tokens:,} tokens "
+        f"put in another order; the router does not learn from it): MaxVio of each batch, mean over layers. Dashed: a "
+        f"random choice. A router that specialises by domain jumps in the shaded batches; one that does not stays "
+        f"level.{without}"
     )
     return Table(_columns("domain batch phase share value worst uniform", rows), caption, tuple(headlines))
 
@@ -344,10 +348,11 @@ def router_confidence(records: Sequence[RoutingRecord]) -> Table:
         headlines.append(Headline(f"{name}, mean over layers and tokens", float(value_LT.mean(dtype=np.float64)),
                                   None if np.isnan(reference) else reference))
     caption = (
-        f"How decided the router is, over {record.num_tokens:,} tokens: largest score of a token (1/E = {1 / experts:.3g} means "
-        f"no preference, 1 certainty), entropy of its scores in nats (ln E = {math.log(experts):.3g} means no preference), and "
-        f"Euclidean norm of its logits. Lines: means; bands: half of the tokens, and nine tenths. A confident router is far "
-        f"from the dashed line; norms that grow without end announce instability."
+        f"How decided the router is, over {record.num_tokens:,} tokens: largest score of a token (1/E = "
+        f"{1 / experts:.3g} means no preference, 1 certainty), entropy of its scores in nats (ln E = "
+        f"{math.log(experts):.3g} means no preference), and Euclidean norm of its logits. Lines: means; bands: half of "
+        f"the tokens, and nine tenths. A confident router is far from the dashed line; norms that grow without end "
+        f"announce instability."
     )
     names = "measure layer mean low high q05 q25 q50 q75 q95 reference"
     return Table(_columns(names, rows), caption, tuple(headlines))
@@ -380,14 +385,16 @@ def collapse_over_training(records: Sequence[RoutingRecord]) -> Table:
         if record.logit_norm_LT is not None:
             values["logit norm"] = record.logit_norm_LT.mean(axis=1, dtype=np.float64), np.nan
         if before is not None:
-            values["overlap"] = route_overlap(record.experts_LTK, before.experts_LTK), record.experts_per_token / record.num_experts
+            random = record.experts_per_token / record.num_experts
+            values["overlap"] = route_overlap(record.experts_LTK, before.experts_LTK), random
         rows += [(name, record.step, layer, value, reference) for name, (value_L, reference) in values.items()
                  for layer, value in zip(record.layers, value_L)]
     caption = (
-        f"Signs of collapse at {len(records)} saved steps, of the same {first.num_tokens:,} tokens: MaxVio, entropy of the "
-        f"load / ln E, dead experts (below 1 % of the fair share), router confidence, logit norm, and the share of a token's "
-        f"experts that it also had at the saved step before. Dashed: a router without preference. Collapse is MaxVio and dead "
-        f"experts that rise while the entropy falls; a router that has settled has an overlap near 1."
+        f"Signs of collapse at {len(records)} saved steps, of the same {first.num_tokens:,} tokens: MaxVio, entropy of "
+        f"the load / ln E, dead experts (below 1 % of the fair share), router confidence, logit norm, and the share of "
+        f"a token's experts that it also had at the saved step before. Dashed: a router without preference. Collapse "
+        f"is MaxVio and dead experts that rise while the entropy falls; a router that has settled has an overlap near "
+        f"1."
     )
     last = {name: value_L for name, (value_L, _) in values.items()}
     headlines = tuple(Headline(f"{name} at step {records[-1].step}, mean over layers", float(last[name].mean()),

@@ -119,7 +119,7 @@ def simulate(experts_LTK: np.ndarray, num_experts: int, settings: Sequence[Setti
     ahead_QLTM = np.full((len(names) + 1, layers, tokens, width), -1, np.int64)  # the last: no predictor
     for index, name in enumerate(names):
         ahead_QLTM[index, ..., :predicted[name].shape[-1]] = predicted[name]
-    who_C = np.array([names.index(setting.predictor) if setting.predictor is not None else len(names) for setting in settings])
+    who_C = np.array([len(names) if each.predictor is None else names.index(each.predictor) for each in settings])
     next_use_LTK = _next_uses(experts_LTK, num_experts, caches.uses[POLICIES.index("Belady")])
     fetches = any(setting.predictor is not None for setting in settings)
     for token in range(tokens):
@@ -270,8 +270,8 @@ def expert_cache(records: Sequence[RoutingRecord], machine: Machine = Machine())
 
     Columns: policy; predictor ("none", or who tells what to fetch ahead); places (n); hit_rate (of needed experts those that
     were there or on their way), low, high (95 %, over documents); in_time (those that were there and not waited for); loaded
-    (experts per token, all layers); megabytes (per token); useful (share of what was fetched ahead that was needed; NaN: nothing was); waited_ms, total_ms (per token);
-    uniform (hit rate if routing were uniform and nothing fetched ahead, n/E).
+    (experts per token, all layers); megabytes (per token); useful (share of what was fetched ahead that was needed; NaN:
+    nothing was); waited_ms, total_ms (per token); uniform (hit rate if routing were uniform and nothing fetched ahead, n/E).
     """
     record = latest(records, "documents_T")
     tokens_N, experts_LNK, predicted = cached_trace(record)
@@ -299,16 +299,17 @@ def expert_cache(records: Sequence[RoutingRecord], machine: Machine = Machine())
         "uniform": np.array([setting.places / most for setting in settings]),
     }
     caption = (
-        f"Decoding {len(tokens_N):,} tokens one by one (predictors fitted on other documents) with room for n of a layer's "
-        f"{most} experts, from empty caches. Above: what makes room; below: LRU, and what is fetched ahead while the layer "
-        f"before computes. An expert ({machine.expert_bytes / 1e6:.3g} MB at {machine.bytes_per_second / 1e9:.3g} GB/s) takes "
-        f"{1e3 * machine.expert_seconds:.3g} ms, a layer computes {1e3 * machine.layer_seconds:.3g} ms. A hit is there or on its "
-        f"way when it is needed; the time it is then waited for is in the right panels. Dashed: uniform routing with nothing "
-        f"fetched ahead, n/E. Hit rates above it come from uneven loads or from tokens that follow each other to the same "
-        f"experts. No policy beats Belady, who knows the future."
+        f"Decoding {len(tokens_N):,} tokens one by one (predictors fitted on other documents) with room for n of a "
+        f"layer's {most} experts, from empty caches. Above: what makes room; below: LRU, and what is fetched ahead "
+        f"while the layer before computes. An expert ({machine.expert_bytes / 1e6:.3g} MB at "
+        f"{machine.bytes_per_second / 1e9:.3g} GB/s) takes {1e3 * machine.expert_seconds:.3g} ms, a layer computes "
+        f"{1e3 * machine.layer_seconds:.3g} ms. A hit is there or on its way when it is needed; the time it is then "
+        f"waited for is in the right panels. Dashed: uniform routing with nothing fetched ahead, n/E. Hit rates above "
+        f"it come from uneven loads or from tokens that follow each other to the same experts. No policy beats Belady, "
+        f"who knows the future."
     )
-    return Table(columns, caption, _headlines(columns, sizes[len(sizes) // 2]), {"compute_ms": 1e3 * machine.layer_seconds
-                                                                             * len(record.layers)})
+    facts = {"compute_ms": 1e3 * machine.layer_seconds * len(record.layers)}
+    return Table(columns, caption, _headlines(columns, sizes[len(sizes) // 2]), facts)
 
 
 def _headlines(columns: Mapping[str, np.ndarray], places: int) -> tuple[Headline, ...]:

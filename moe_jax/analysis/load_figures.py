@@ -137,8 +137,8 @@ def router_confidence(table: Table) -> Any:
             rows = {name: np.repeat(column, 2) for name, column in rows.items()}
         else:
             layers_wide = layers
-        axis.fill_between(layers_wide, rows["q05"], rows["q95"], color=TRAIN, alpha=0.15, linewidth=0, label="90 % of tokens")
-        axis.fill_between(layers_wide, rows["q25"], rows["q75"], color=TRAIN, alpha=0.3, linewidth=0, label="half of the tokens")
+        for low, high, alpha, name in (("q05", "q95", 0.15, "90 % of the tokens"), ("q25", "q75", 0.3, "half of the tokens")):
+            axis.fill_between(layers_wide, rows[low], rows[high], color=TRAIN, alpha=alpha, linewidth=0, label=name)
         _error_bars(axis, layers_wide, rows, "mean", color=INK, marker="o", markersize=3.5, linewidth=1.5, label="mean")
         if np.isfinite(rows["reference"][0]):
             reference_line(axis, rows["reference"][0], f"no preference {rows['reference'][0]:.3g}", EVALUATION)
@@ -153,7 +153,7 @@ def router_confidence(table: Table) -> Any:
 def collapse_over_training(table: Table) -> Any:
     labels = {"MaxVio": "MaxVio (1.0 = one fair share)", "load entropy / ln E": "entropy of the load / ln E",
               "dead experts": "dead experts", "confidence": "largest router score", "logit norm": "norm of the logits",
-              "overlap": "experts kept since the step before"}
+              "overlap": "experts kept (share)"}
     present = [measure for measure in labels if (table["measure"] == measure).any()]
     figure, axes = panels(len(present), 2.5)
     layers = _layers(table)
@@ -205,8 +205,10 @@ def token_overlap(table: Table) -> Any:
     figure, axes = new_figure(3.2)
     axis, layers = axes[0, 0], _layers(table)
     rows = table.where()
-    _error_bars(axis, layers, rows, "shared", color=TRAIN, marker="o", markersize=4, linewidth=1.5, label="consecutive tokens")
-    axis.plot(layers, rows["by_load"], color=EVALUATION, linestyle=_DOTTED, linewidth=1.6, marker="_", label="independent, same loads")
+    _error_bars(axis, layers, rows, "shared", color=TRAIN, marker="o", markersize=4, linewidth=1.5,
+                label="consecutive tokens")
+    axis.plot(layers, rows["by_load"], color=EVALUATION, linestyle=_DOTTED, linewidth=1.6, marker="_",
+              label="independent, same loads")
     reference_line(axis, rows["random"][0], f"independent, uniform: k²/E = {rows['random'][0]:.3g}")
     axis.set(ylabel="experts in common")
     axis.set_ylim(bottom=0)

@@ -77,7 +77,8 @@ def fit(record: RoutingRecord, chosen_T: np.ndarray) -> Fitted:
         experts_NK = chosen_TK(record, layer)[chosen_T]
         times_LE[layer] = count(experts_NK, experts)
         for choice in range(experts_NK.shape[1] if layer else 0):
-            pairs_LEE[layer] += count(pair_codes(before_NK[:, choice], experts_NK, experts), experts**2).reshape(experts, experts)
+            pair_NK = pair_codes(before_NK[:, choice], experts_NK, experts)
+            pairs_LEE[layer] += count(pair_NK, experts**2).reshape(experts, experts)
         before_NK = experts_NK
     before_LE1 = np.roll(times_LE, 1, axis=0)[:, :, None]
     transition_LEE = np.divide(pairs_LEE, before_LE1, out=np.zeros_like(pairs_LEE), where=before_LE1 > 0)
@@ -160,7 +161,7 @@ def tested_tokens(record: RoutingRecord, seed: int = 0) -> tuple[np.ndarray, np.
     tested_N = np.flatnonzero(~fitted_T)
     tested_N = tested_N[has_previous(record, tested_N)][:MOST_TESTED]
     if not len(tested_N):
-        raise MissingArray("No document is left to test predictions on; record two documents or more, of several tokens each")
+        raise MissingArray("No document is left to test predictions on; record two or more, of several tokens each")
     return fitted_T, tested_N
 
 
@@ -185,7 +186,7 @@ _MEASURES = ("recall", "exact", "half", "top_1")
 
 
 def _measured(rank_NK: np.ndarray, counts: Sequence[int], num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """(recall, exact set, half or more, first expert first: ``[N, counts, 4]``; whether the token has experts at all, [N])."""
+    """(recall, exact set, half or more, first expert first: ``[N, counts, 4]``; whether the token has experts, ``[N]``)."""
     known_NK = rank_NK < num_experts
     known_N = known_NK.sum(axis=1)
     found_NM = np.stack([(rank_NK < most).sum(axis=1, where=known_NK) for most in counts], axis=1)
@@ -195,7 +196,8 @@ def _measured(rank_NK: np.ndarray, counts: Sequence[int], num_experts: int) -> t
     return values_NM4 * (known_N > 0)[:, None, None], known_N > 0
 
 
-def _document_sums(record: RoutingRecord, names: Sequence[str], counts: Sequence[int], seed: int):
+def _document_sums(record: RoutingRecord, names: Sequence[str], counts: Sequence[int],
+                   seed: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Sums over tested documents: (measures ``[D, Q, L - 1, counts, 4]``, tokens ``[D, 1, L - 1, 1, 1]``, tested tokens)."""
     fitted_T, tested_N = tested_tokens(record, seed)
     fitted = fit(record, fitted_T)
@@ -256,20 +258,21 @@ def expert_prediction(records: Sequence[RoutingRecord]) -> Table:
     sums, tokens, tested = _document_sums(record, names, counts, seed=0)
     value = _ratio(sums.sum(axis=0), tokens.sum(axis=0))
     recall = bootstrap([sums[..., 0], tokens[..., 0]], _ratio, samples=500)
-    rows = [(name, record.layers[layer + 1], prefetched, value[q, layer, m, 0], recall.low[q, layer, m], recall.high[q, layer, m],
-             *value[q, layer, m, 1:], prefetched / record.num_experts, random_exact(record.num_experts, experts, prefetched))
+    rows = [(name, record.layers[layer + 1], prefetched, value[q, layer, m, 0], recall.low[q, layer, m],
+             recall.high[q, layer, m], *value[q, layer, m, 1:], prefetched / record.num_experts,
+             random_exact(record.num_experts, experts, prefetched))
             for q, name in enumerate(names) for layer in range(value.shape[1]) for m, prefetched in enumerate(counts)]
     columns = "predictor layer prefetched recall low high exact half top_1 random random_exact".split()
     mean = _mean_recall(names, sums[..., 0, 0], tokens[..., 0, 0])  # counts[0] is K
     headlines = [Headline(f"recall@{experts} of {name}, mean over layers", float(mean[name].value),
                           experts / record.num_experts, float(mean[name].low), float(mean[name].high)) for name in names]
-    lacking = "" if "next-layer router" in names else " The record lacks next_experts_LTK, so the next layer's router is missing."
+    lacking = "" if "next-layer router" in names else " The record lacks next_experts_LTK: no next-layer router."
     caption = (
-        f"Predicting the experts of the next MoE layer before its router has run: fitted on half of the documents, tested on "
-        f"{tested:,} tokens of the other half. Left: recall@{experts} by layer; right: recall when more experts are fetched, mean "
-        f"over layers. Dashed: experts drawn at random, n/E. Beyond the {experts} that a predictor lists, the most popular are "
-        f"fetched. Above the line of popularity routing depends on what the predictor knows; published systems reach 0.85 to "
-        f"0.97 with the next layer's router.{lacking}"
+        f"Predicting the experts of the next MoE layer before its router has run: fitted on half of the documents, "
+        f"tested on {tested:,} tokens of the other half. Left: recall@{experts} by layer; right: recall when more "
+        f"experts are fetched, mean over layers. Dashed: experts drawn at random, n/E. Beyond the {experts} that a "
+        f"predictor lists, the most popular are fetched. Above the line of popularity routing depends on what the "
+        f"predictor knows; published systems reach 0.85 to 0.97 with the next layer's router.{lacking}"
     )
     return Table(dict(zip(columns, map(np.array, zip(*rows)))), caption, tuple(headlines), {"experts_per_token": experts})
 
@@ -288,8 +291,8 @@ def token_overlap(records: Sequence[RoutingRecord]) -> Table:
     documents_N = record.documents_T[tokens_N]
     for layer, experts_TK in zip(record.layers, record.experts_LTK):
         shared_N = common_experts(experts_TK[tokens_N], experts_TK[tokens_N - 1])
-        interval = bootstrap([document_counts(documents_N, nothing_N, 1, shared_N), document_counts(documents_N, nothing_N, 1)],
-                             np.divide, samples=500)
+        sums = document_counts(documents_N, nothing_N, 1, shared_N), document_counts(documents_N, nothing_N, 1)
+        interval = bootstrap(sums, np.divide, samples=500)
         share_E = np.bincount(experts_TK[experts_TK >= 0], minlength=record.num_experts) / record.num_tokens
         rows.append((layer, interval.value[0], interval.low[0], interval.high[0],
                      record.experts_per_token**2 / record.num_experts, float(np.sum(share_E**2))))
@@ -298,7 +301,7 @@ def token_overlap(records: Sequence[RoutingRecord]) -> Table:
     caption = (
         f"Experts that a token shares with the token before it in the document, of {record.experts_per_token}, over "
         f"{len(tokens_N):,} pairs; bars: 95 % of resampled documents. Dashed: independent random choices, k²/E = "
-        f"{rows[0][4]:.3g}. Dotted: independent choices with the loads that the experts have. Above both, neighbours go to the "
-        f"same experts, and a cache of experts pays."
+        f"{rows[0][4]:.3g}. Dotted: independent choices with the loads that the experts have. Above both, neighbours "
+        f"go to the same experts, and a cache of experts pays."
     )
     return Table(table, caption, (Headline("shared experts of consecutive tokens, mean over layers", mean, rows[0][4]),))
