@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from moe_jax.analysis.bootstrap import bootstrap, document_counts
+from moe_jax.analysis.bootstrap import bootstrap, document_counts, interval_around, resample_counts
 
 
 def ratio(counts_RX, tokens_R1):
@@ -101,3 +101,31 @@ def test_a_thousand_documents_by_two_thousand_figures_take_seconds():
     sums_DX = np.random.default_rng(0).random((1000, 8, 256))
     interval = bootstrap(sums_DX, lambda total_RLE: total_RLE / total_RLE.sum(axis=-1, keepdims=True))
     assert interval.value.shape == (8, 256) and (interval.low < interval.value).all()
+
+
+# Codes too many for a table, and statistics that resampling raises.
+
+
+def test_resampled_counts_are_those_of_whole_documents():
+    document_T, code_TK = np.array([5, 5, 9]), np.array([[0, 2], [2, -1], [1, 2]])
+    found = resample_counts(document_T, code_TK, 4, lambda counts: counts, samples=64)
+    # Two documents drawn twice over: (1, 0, 2, 0) and (0, 1, 1, 0), in any combination of two.
+    assert {tuple(row) for row in found.tolist()} == {(2, 0, 4, 0), (1, 1, 3, 0), (0, 2, 2, 0)}
+    again = resample_counts(document_T, code_TK, 4, lambda counts: counts, samples=64)
+    np.testing.assert_array_equal(found, again)
+    assert np.isnan(resample_counts(np.zeros(3, int), code_TK, 4, lambda counts: counts[:, 0])).all()
+
+
+def test_resampled_counts_equal_the_table_of_documents():
+    random = np.random.default_rng(0)
+    document_T, code_T = random.integers(0, 40, 3000), random.integers(-1, 30, 3000)
+    share = lambda counts: counts.max(axis=-1) / counts.sum(axis=-1)
+    interval = bootstrap(document_counts(document_T, code_T, 30), share, samples=2000)
+    found = resample_counts(document_T, code_T, 30, share, samples=2000)
+    np.testing.assert_allclose(np.quantile(found, [0.025, 0.975]), [interval.low, interval.high], rtol=1e-9)
+
+
+def test_the_interval_around_a_value():
+    low, high = interval_around(5.0, np.array([1.0, 3.0]))  # standard deviation √2
+    np.testing.assert_allclose([low, high], [5 - 1.959964 * np.sqrt(2), 5 + 1.959964 * np.sqrt(2)], rtol=1e-6)
+    assert np.isnan(interval_around(5.0, np.array([1.0, np.nan]))).all()

@@ -54,7 +54,8 @@ def drops(records: Sequence[RoutingRecord]) -> Table:
     made_LS, dropped_LS = _made_and_dropped(record, record.row_positions_T, size)
     columns = {"layer": np.repeat(record.layers, size), "position": np.tile(np.arange(size), len(record.layers)),
                "choices": made_LS.ravel(), "dropped": dropped_LS.ravel(), "ratio": _ratio(dropped_LS, made_LS).ravel()}
-    early_T, late_T = record.row_positions_T < size / 4, record.row_positions_T >= size * 3 / 4
+    quarter = max(1, size // 4)
+    early_T, late_T = record.row_positions_T < quarter, record.row_positions_T >= size - quarter
     early, late = (_drop_headline(record, part_T, f"dropped choices in the {name} quarter of the row")
                    for part_T, name in ((early_T, "first"), (late_T, "last")))
     capacity = f", capacity factor {record.capacity_factor:g}" if record.capacity_factor else ""
