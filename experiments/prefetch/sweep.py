@@ -46,5 +46,5 @@ SWEEP = Sweep(
     metrics=("ce", "recall/random", "recall/popularity", "recall/previous-token", "recall/transition", "recall/next-layer-router",
              "recall@2k/next-layer-router"),
     measure=measure,
-    scales=SCALES,
+    scales={**SCALES, "smoke": SCALES["smoke"].but({"data.batch_size": 16})},  # fewer batches to record
 )

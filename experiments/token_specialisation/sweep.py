@@ -80,5 +80,5 @@ SWEEP = Sweep(
     metrics=("ce", "std/token", "std/token/chance", "std/position", "std/position/chance", "std/domain", "saturation@0%",
              "saturation@5%", "saturation@10%", "saturation@10%/chance", "saturation@40%"),
     measure=measure,
-    scales=SCALES,
+    scales={**SCALES, "smoke": SCALES["smoke"].but({"data.batch_size": 16})},  # fewer batches to record
 )
