@@ -6,6 +6,7 @@ import pathlib
 import platform
 import shutil
 import time
+import traceback
 from typing import Any
 
 import jax
@@ -55,11 +56,18 @@ def run_job(sweep: Sweep, job: Job, results: pathlib.Path, scratch: pathlib.Path
         return
     trained = open_trained(job.arm, job.seed, config, workdir)
     extra = {**extra, "seconds": {"training": time.monotonic() - started}, "parameters": _parameters(trained)}
+    errors = []
     for arm in job.wanted:
         key = Key(arm, job.scale, job.seed)
-        if finished(sweep, results, key) is None:
-            model = trained if arm == job.arm else _evaluated_otherwise(sweep, trained, key)
-            write_result(results, key, _result(sweep, key, model, extra))
+        try:
+            if finished(sweep, results, key) is None:
+                model = trained if arm == job.arm else _evaluated_otherwise(sweep, trained, key)
+                write_result(results, key, _result(sweep, key, model, extra))
+        except Exception as error:  # the other arms' results are worth having
+            traceback.print_exc()
+            errors.append(f"{arm}: {' '.join(str(error).split()) or type(error).__name__}")
+    if errors:
+        raise SweepError("; ".join(errors))
     # The functions compiled for one config are of no use to the next, and each keeps memory mappings.
     jax.clear_caches()
 

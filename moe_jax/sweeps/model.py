@@ -32,6 +32,7 @@ class TrainedModel:
     Attributes:
       arm, seed: of the sweep.
       run: with the config it is evaluated with, its data and the directory it was trained in.
+      trained_config: what it was trained with.
       params, bias_LE: at the last step. step: that.
       lines: of metrics.jsonl.
       mode: how it is evaluated.
@@ -40,6 +41,7 @@ class TrainedModel:
     arm: str
     seed: int
     run: Run
+    trained_config: Config
     params: Any
     bias_LE: jax.Array
     step: int
@@ -65,11 +67,12 @@ class TrainedModel:
 
     def at_step(self, step: int) -> "TrainedModel":
         """The same run at an earlier checkpoint (``training.keep_checkpoints`` must have kept it)."""
-        abstract = self.run.abstract_state()
-        name = "ema" if self.config.training.ema_decay else "params"
+        abstract = dataclasses.replace(self.run, config=self.trained_config).abstract_state()
+        name = "ema" if self.trained_config.training.ema_decay else "params"
         wanted = {key: value for key, value in abstract.items() if key in (name, "router_bias_LE")}
-        restored = Checkpointer(self.run.checkpoints, read_only=True).restore(wanted, step, only=tuple(wanted))
-        return dataclasses.replace(self, params=restored.state[name], bias_LE=restored.state["router_bias_LE"], step=step)
+        state = Checkpointer(self.run.checkpoints, read_only=True).restore(wanted, step, only=tuple(wanted)).state
+        return dataclasses.replace(self, params=params_for(self.config, self.run.vocab_size, state[name], self.arm),
+                                   bias_LE=state["router_bias_LE"], step=step)
 
     def steps(self) -> list[int]:
         """Of the checkpoints that are kept, rising."""
@@ -80,7 +83,7 @@ def open_trained(arm: str, seed: int, config: Config, workdir: pathlib.Path) -> 
     """The model that was trained in ``workdir`` with ``config``."""
     run = open_run(config, workdir)
     params, bias_LE, step = restore_params(run)
-    return TrainedModel(arm, seed, run, params, bias_LE, step, read_metrics(workdir / "metrics.jsonl"),
+    return TrainedModel(arm, seed, run, config, params, bias_LE, step, read_metrics(workdir / "metrics.jsonl"),
                         RoutingMode.evaluation(config, record=True))
 
 
@@ -92,8 +95,7 @@ def under_other_settings(trained: TrainedModel, arm: str, config: Config, causal
     """
     run = trained.run
     data = run.data if config.data == run.config.data else _open_with_vocabulary(config, run)
-    wanted = jax.eval_shape(lambda: initial_params(config, run.vocab_size, jax.random.key(0)))
-    params = _selected(trained.params, wanted, arm)
+    params = params_for(config, run.vocab_size, trained.params, arm)
     mode = RoutingMode.causal(config, record=True) if causal else RoutingMode.evaluation(config, record=True)
     if config.model.vocab_size not in (0, run.vocab_size):
         raise SweepError(f"arm {arm!r}: model.vocab_size={config.model.vocab_size}; the model has {run.vocab_size}.")
@@ -113,6 +115,11 @@ def _open_with_vocabulary(config: Config, run: Run):
         raise SweepError(f"data.source={config.data.source!r}: brings a vocabulary of its own; the model was trained with another.")
     table_size(config, data.vocabulary.vocab_size)
     return data
+
+
+def params_for(config: Config, vocab_size: int, params: Any, arm: str) -> Any:
+    """Those of ``params`` that a model of this config has."""
+    return _selected(params, jax.eval_shape(lambda: initial_params(config, vocab_size, jax.random.key(0))), arm)
 
 
 def _selected(params: dict, wanted: dict, arm: str, path: str = "") -> dict:
