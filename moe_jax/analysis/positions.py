@@ -135,16 +135,16 @@ def drops_by_turn(records: Sequence[RoutingRecord]) -> Table:
     tokens_C = count(code_T, len(names))
     columns = {"layer": np.array(record.layers)[layer], "group": np.array(names)[group], "tokens": tokens_C[group],
                "choices": made.ravel(), "dropped": dropped.ravel(), "ratio": _ratio(dropped, made).ravel()}
-    single = names.index("single turn") if "single turn" in names else -2
-    several = _drop_headline(record, (code_T >= 0) & (code_T != single), "dropped choices, conversations of several turns")
-    if single is not None:
-        one = _drop_headline(record, code_T == single, "dropped choices, conversations of a single turn")
-        several = (one, dataclasses.replace(several, reference=one.value))
+    several_T = (code_T >= 0) & (np.append(names, "")[code_T] != "single turn")
+    parts = {"a single turn": (code_T >= 0) & ~several_T, "several turns": several_T}
+    headlines = [_drop_headline(record, part_T, f"dropped choices, conversations of {name}")
+                 for name, part_T in parts.items() if part_T.any()]
+    headlines[-1] = dataclasses.replace(headlines[-1], reference=headlines[0].value if len(headlines) > 1 else None)
     caption = (
         f"Share of choices that found no place by turn of the conversation; {tokens_C.sum():,} tokens in conversations. One "
         f"point per layer, the bar is their mean; the dashed line is the mean of all turns. Bars that grow from turn to turn mean that "
         f"buffers fill up before a conversation ends.")
-    return Table(columns, caption, several if isinstance(several, tuple) else (several,))
+    return Table(columns, caption, tuple(headlines))
 
 
 def draw_drops_by_turn(table: Table) -> Any:
