@@ -12,9 +12,11 @@ import jax
 import numpy as np
 import oracles
 import pytest
+import records
 
 from benchmarks import expert_parallel, moe_layer, policy_variance, train_step as train_step_benchmark
 from moe_jax import cli, routing
+from moe_jax.analysis.catalogue import ANALYSES, Analysis
 from moe_jax.config import SECTIONS, ConfigError, known_keys, load_config
 from moe_jax.data.batches import empty_batch
 from moe_jax.dispatch import DISPATCHERS
@@ -26,10 +28,11 @@ from moe_jax.training.state import new_state
 from moe_jax.training.step import jitted_train_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("README.md"), *ROOT.glob("benchmarks/README.md")])
+DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("README.md"), *ROOT.glob("benchmarks/README.md"),
+                    *ROOT.glob("experiments/README.md")])
 RECIPE = ROOT / "docs/adding_a_router.md"
 # Files that the recipe tells the reader to write.
-TO_BE_WRITTEN = ("moe_jax/routing/grouped_top_k.py", "tests/test_grouped_top_k.py")
+TO_BE_WRITTEN = ("moe_jax/routing/grouped_top_k.py", "tests/test_grouped_top_k.py", "moe_jax/analysis/gate_shares.py")
 
 # Options of gcloud, XPK and Slurm that docs/tpu.md explains.
 OPTIONS_OF_OTHERS = {"--max-restarts", "--node-count", "--node-id", "--num-slices", "--requeue", "--script-dir", "--worker"}
@@ -112,6 +115,19 @@ def test_the_test_of_the_recipe_passes(recipe):
     assert tests
     for test in tests:
         test()
+
+
+def test_the_analysis_that_is_added_works(monkeypatch):
+    function, entry, test = blocks(ROOT / "docs/analysis.md", "python")[-3:]
+    module = types.ModuleType("moe_jax.analysis.gate_shares")
+    exec(compile(function, TO_BE_WRITTEN[2], "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    (analysis,) = eval("[" + entry + "]", {"Analysis": Analysis, "gate_shares": module})
+    assert analysis.name not in [known.name for known in ANALYSES], "it is built in by now: the page needs another example"
+    analysis.draw(analysis.compute([records.make(choices=3)])).draw_without_rendering()
+    names = {}
+    exec(compile(test, "the test", "exec"), names)
+    names["test_gate_shares_by_hand"]()
 
 
 SMALL = {"model.num_layers": 2, "model.d_model": 16, "model.num_heads": 2, "model.num_kv_heads": 2, "model.head_dim": 8,
