@@ -67,7 +67,7 @@ def test_quickstart_trains_and_shows_the_routing(quickstart):
 @pytest.mark.slow
 def test_routing_analysis_records_and_draws_the_run_of_quickstart(quickstart, corpus, tmp_path):
     text, pictures = run("routing_analysis", corpus, tmp_path, STEPS=4, WORKDIR=str(quickstart[-1]), BATCHES=0)
-    assert re.search(r"steps \[2, 4\]: \d+ tokens, layers \(1,\), 4 experts, 2 per token", text)
+    assert re.search(r"steps \[2, 4\]: [\d,]+ tokens, layers \(1,\), 4 experts, 2 per token", text)
     assert "same number: 1.000, by chance 0.250" in text  # one layer
     assert pictures == 10
 
