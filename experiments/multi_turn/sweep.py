@@ -20,7 +20,7 @@ SWEEP = Sweep(
     question="Do answers late in a conversation suffer because experts drop their tokens?",
     paper="Xue et al. 2024 (OpenMoE), MT-Bench and figure 12",
     config=get_config,
-    settings={"moe.every": 1, "moe.num_experts": 16, "moe.experts_per_token": 2, "data.validation_fraction": 0.2},
+    settings={"moe.num_experts": 16, "moe.experts_per_token": 2, "data.validation_fraction": 0.2},
     arms={
         "dense": {"moe.num_experts": 0},
         "moe": {"moe.dispatch": "gather", "moe.capacity_factor": 1.25},
@@ -46,7 +46,7 @@ SWEEP = Sweep(
         # A turn is about a hundred bytes, too many for the smoke test's usual rows; its usual text has no documentation.
         "smoke": SCALES["smoke"].but({"data.source": "standard_library", "data.max_bytes": 6_000_000, "data.sequence_length": 512,
                                       "data.batch_size": 4}),
-        "quick": SCALES["quick"].but({"data.sequence_length": 256, "data.batch_size": 8, "moe.d_ff": 64}),
-        "full": SCALES["full"].but({"data.sequence_length": 256, "data.batch_size": 8, "moe.d_ff": 64}),
+        **{scale: SCALES[scale].but({"data.sequence_length": 256, "data.batch_size": 4, "training.eval_batches": 40, "moe.d_ff": 64})
+           for scale in ("quick", "full")},
     },
 )

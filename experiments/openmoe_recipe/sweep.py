@@ -36,7 +36,7 @@ SWEEP = Sweep(
     metrics=("ce", "ce/code", "ce/docs", "ce/tests", "seconds_per_step"),
     scales={
         # The smoke test's usual text has no domain of code; rows of bytes are too short for the spans of UL2.
-        "smoke": SCALES["smoke"].but({"data.source": "standard_library", "data.max_bytes": 1_000_000, "data.sequence_length": 64,
+        "smoke": SCALES["smoke"].but({"data.source": "standard_library", "data.max_bytes": 1_000_000, "data.sequence_length": 64, "data.validation_fraction": 0.3,
                                       "data.batch_size": 16, "training.eval_batches": 40}),
         "quick": SCALES["quick"].but({"moe.d_ff": 64}),
         "full": SCALES["full"].but({"moe.d_ff": 64}),
