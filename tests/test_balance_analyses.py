@@ -109,6 +109,16 @@ def test_uniform_routing_is_at_its_reference_and_skew_is_not():
     assert headline.value == pytest.approx(rows["value"].mean()) and headline.low < headline.value < headline.high
 
 
+def test_the_reference_is_of_as_many_choices_as_were_made():
+    # Half of the second choices are not made: 1.5 choices a token.
+    record = records.make(tokens=8192, experts=16)
+    experts_LTK = record.experts_LTK.copy()
+    experts_LTK[:, ::2, 1] = -1
+    rows = balance.balance([dataclasses.replace(record, experts_LTK=experts_LTK)]).where(measure="load CV")
+    variance = np.mean([(1 / 16) * (15 / 16), (2 / 16) * (14 / 16)])
+    np.testing.assert_allclose(rows["uniform"], math.sqrt(variance / 8192) / (1.5 / 16), rtol=0.03)
+
+
 def test_loads_by_hand():
     table = expert_loads([one_choice([[0, 0, 0, 2], [1, 1, 3, 3]])])
     assert table["load"].tolist() == [3, 0, 1, 0, 0, 2, 0, 2] and table["rank"].tolist() == [0, 2, 1, 3, 2, 0, 3, 1]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from moe_jax.analysis.bootstrap import bootstrap, document_counts, interval_around, resample_counts
+from moe_jax.analysis.bootstrap import (
+    bootstrap, document_counts, interval_around, mean_over_documents, resample_counts)
 
 
 def ratio(counts_RX, tokens_R1):
@@ -86,6 +87,20 @@ def test_what_cannot_be_told_is_nan():
     np.testing.assert_array_equal(interval.low, [1, np.nan, np.nan])
     one = bootstrap(counts_DC[:1], share_of_first)
     assert one.value[0] == 1 and np.isnan(one.low).all() and np.isnan(one.high).all()
+
+
+def test_means_over_tokens_resample_documents():
+    random = np.random.default_rng(0)
+    document_T = np.repeat(np.arange(40), random.integers(5, 60, 40))
+    value_LT = random.normal(size=(2, 40))[:, document_T] + random.normal(size=(2, len(document_T)))
+    found = mean_over_documents(document_T, value_LT, samples=4000)
+    np.testing.assert_allclose(found.value, [*value_LT.mean(axis=1), value_LT.mean()])
+    slow = []
+    for _ in range(1000):
+        tokens = np.concatenate([np.flatnonzero(document_T == document) for document in random.integers(0, 40, 40)])
+        slow.append([*value_LT[:, tokens].mean(axis=1), value_LT[:, tokens].mean()])
+    np.testing.assert_allclose([found.low, found.high], np.quantile(slow, [0.025, 0.975], axis=0), atol=0.05)
+    assert np.isnan(mean_over_documents(None, value_LT).low).all()
 
 
 def test_bad_arguments_are_refused():

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moe_jax.analysis.bootstrap import Interval, bootstrap, document_counts
+from moe_jax.analysis.bootstrap import Interval, bootstrap, document_counts, mean_over_documents
 from moe_jax.analysis.recording import RoutingRecord
-from moe_jax.analysis.routing_counts import common_experts, counts_LCE, domain_codes
+from moe_jax.analysis.routing_counts import choices_per_token, common_experts, counts_LCE, domain_codes
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest, over_steps
 from moe_jax.training.metrics import DEAD_EXPERT_LOAD, expert_load
 
@@ -64,7 +64,7 @@ MEASURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def uniform_counts(tokens: int, num_experts: int, experts_per_token: int, draws: int = _UNIFORM_DRAWS,
+def uniform_counts(tokens: int, num_experts: int, experts_per_token: float, draws: int = _UNIFORM_DRAWS,
                    seed: int = 0) -> np.ndarray:
     """Counts ``[draws, E]`` of tokens that each choose K different experts of E at random.
 
@@ -79,7 +79,7 @@ def uniform_counts(tokens: int, num_experts: int, experts_per_token: int, draws:
 
 def uniform_value(measure: Callable[[np.ndarray], np.ndarray], tokens: float, record: RoutingRecord) -> float:
     """What the measure is on average if the tokens choose at random."""
-    return float(measure(uniform_counts(int(tokens), record.num_experts, record.experts_per_token)).mean())
+    return float(measure(uniform_counts(int(tokens), record.num_experts, choices_per_token(record))).mean())
 
 
 # Counts of a record.
@@ -212,7 +212,7 @@ def balance_by_position(records: Sequence[RoutingRecord], least_tokens: int = 25
     shown = [bucket for bucket in range(len(tokens_B)) if tokens_B[bucket] >= least_tokens]
     if not shown:
         raise MissingArray(f"No range of positions has {least_tokens} tokens; record more than {record.num_tokens:,}")
-    rows = []
+    rows, headlines = [], []
     for bucket in shown:
         of_bucket = _some(record, bucket_T == bucket)
         counts_LE = expert_counts(of_bucket)
@@ -222,6 +222,8 @@ def balance_by_position(records: Sequence[RoutingRecord], least_tokens: int = 25
             uniform = uniform_value(MEASURES[name], tokens_B[bucket], record)
             rows += [(name, layer, edges[bucket], edges[bucket + 1] - 1, tokens_B[bucket], *values, uniform)
                      for layer, *values in zip(record.layers, interval.value, interval.low, interval.high)]
+            where = f"{name} at positions {edges[bucket]}-{edges[bucket + 1] - 1}, mean over layers"
+            headlines += [_headline(where, interval, uniform)] if name == "MaxVio" else []
     caption = (
         f"Balance of the load by the context that a token has (its position in its document, buckets that double), "
         f"over {tokens_B[shown].sum():,} tokens. Dashed: a random choice on as many tokens as the bucket has, which "
@@ -229,12 +231,8 @@ def balance_by_position(records: Sequence[RoutingRecord], least_tokens: int = 25
         f"load the experts less evenly."
     )
     names = "measure layer first_position last_position tokens value low high uniform"
-    table = Table(_columns(names, rows), caption)
-    ends = [float(np.mean(table.where(measure="MaxVio", first_position=edges[bucket])["value"]))
-            for bucket in (shown[0], shown[-1])]
-    where = [f"{edges[bucket]}-{edges[bucket + 1] - 1}" for bucket in (shown[0], shown[-1])]
-    return Table(table.columns, caption, tuple(Headline(f"MaxVio at positions {name}, mean over layers", value)
-                                               for name, value in zip(where, ends)))
+    # First what the longest context gives.
+    return Table(_columns(names, rows), caption, tuple(headlines[::-1]))
 
 
 def _some(record: RoutingRecord, chosen_T: np.ndarray) -> RoutingRecord:
@@ -342,11 +340,11 @@ def router_confidence(records: Sequence[RoutingRecord]) -> Table:
                 ("logit norm", record.logit_norm_LT, np.nan))
     rows, headlines = [], []
     for name, value_LT, reference in measures:
-        for layer, value_T in zip(record.layers, value_LT):
-            rows.append((name, layer, *_mean_over_documents(record, value_T),
-                         *np.quantile(value_T, _QUANTILES), reference))
-        headlines.append(Headline(f"{name}, mean over layers and tokens", float(value_LT.mean(dtype=np.float64)),
-                                  None if np.isnan(reference) else reference))
+        mean = mean_over_documents(record.documents_T, value_LT)
+        quantiles_LQ = np.quantile(value_LT, _QUANTILES, axis=1).T
+        rows += [(name, *row, *quantiles_Q, reference) for *row, quantiles_Q in zip(
+            record.layers, mean.value, mean.low, mean.high, quantiles_LQ)]
+        headlines.append(_headline(f"{name}, mean over layers and tokens", mean, None if np.isnan(reference) else reference))
     caption = (
         f"How decided the router is, over {record.num_tokens:,} tokens: largest score of a token (1/E = "
         f"{1 / experts:.3g} means no preference, 1 certainty), entropy of its scores in nats (ln E = "
@@ -356,16 +354,6 @@ def router_confidence(records: Sequence[RoutingRecord]) -> Table:
     )
     names = "measure layer mean low high q05 q25 q50 q75 q95 reference"
     return Table(_columns(names, rows), caption, tuple(headlines))
-
-
-def _mean_over_documents(record: RoutingRecord, value_T: np.ndarray) -> tuple[float, float, float]:
-    if record.documents_T is None:
-        return float(value_T.mean(dtype=np.float64)), np.nan, np.nan
-    nothing_T = np.zeros(record.num_tokens, np.int64)
-    sums_D1 = document_counts(record.documents_T, nothing_T, 1, value_T)
-    tokens_D1 = document_counts(record.documents_T, nothing_T, 1)
-    interval = bootstrap([sums_D1, tokens_D1], np.divide, samples=500)
-    return float(interval.value[0]), float(interval.low[0]), float(interval.high[0])
 
 
 def collapse_over_training(records: Sequence[RoutingRecord]) -> Table:
@@ -385,7 +373,7 @@ def collapse_over_training(records: Sequence[RoutingRecord]) -> Table:
         if record.logit_norm_LT is not None:
             values["logit norm"] = record.logit_norm_LT.mean(axis=1, dtype=np.float64), np.nan
         if before is not None:
-            random = record.experts_per_token / record.num_experts
+            random = choices_per_token(record) / record.num_experts
             values["overlap"] = route_overlap(record.experts_LTK, before.experts_LTK), random
         rows += [(name, record.step, layer, value, reference) for name, (value_L, reference) in values.items()
                  for layer, value in zip(record.layers, value_L)]

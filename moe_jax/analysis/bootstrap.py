@@ -101,6 +101,23 @@ def bootstrap(sums: np.ndarray | Sequence[np.ndarray], statistic: Callable[..., 
     return Interval(value, *_percentiles(found_R, confidence))
 
 
+def mean_over_documents(document_T: np.ndarray | None, value_LT: np.ndarray, samples: int = 500) -> Interval:
+    """Mean over tokens of a value of each layer, and last the mean over layers: an Interval ``[L + 1]``.
+
+    Without ``document_T`` the ends are not known: NaN.
+    """
+    # Then all tokens are of one document, of which there is no interval.
+    document_T = np.zeros(value_LT.shape[1], np.int64) if document_T is None else document_T
+    numbers, document_T = np.unique(document_T, return_inverse=True)
+    sums_DL = np.stack([np.bincount(document_T, value_T, minlength=len(numbers)) for value_T in value_LT], axis=1)
+    tokens_D1 = np.bincount(document_T)[:, None]
+
+    def statistic(sums_RL, tokens_R1):
+        mean_RL = sums_RL / tokens_R1
+        return np.concatenate([mean_RL, mean_RL.mean(axis=1, keepdims=True)], axis=1)
+    return bootstrap([sums_DL, tokens_D1], statistic, samples=samples)
+
+
 def _draw(random: np.random.Generator, samples: int, documents: int) -> np.ndarray:
     """How often each document is in each resample, fp64 [R, D]; rows sum to D."""
     drawn_RD = random.integers(0, documents, (samples, documents)) + documents * np.arange(samples)[:, None]

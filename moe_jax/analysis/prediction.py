@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moe_jax.analysis.bootstrap import Interval, bootstrap, document_counts
+from moe_jax.analysis.bootstrap import Interval, bootstrap, mean_over_documents
 from moe_jax.analysis.recording import RoutingRecord
-from moe_jax.analysis.routing_counts import chosen_TK, common_experts, count, pair_codes
+from moe_jax.analysis.routing_counts import choices_per_token, chosen_TK, common_experts, count, pair_codes
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
 
 MOST_TESTED = 1 << 17  # tokens that predictions are tested on; more would change the fourth digit
@@ -265,7 +265,7 @@ def expert_prediction(records: Sequence[RoutingRecord]) -> Table:
     columns = "predictor layer prefetched recall low high exact half top_1 random random_exact".split()
     mean = _mean_recall(names, sums[..., 0, 0], tokens[..., 0, 0])  # counts[0] is K
     headlines = [Headline(f"recall@{experts} of {name}, mean over layers", float(mean[name].value),
-                          experts / record.num_experts, float(mean[name].low), float(mean[name].high)) for name in names]
+                          experts / record.num_experts, float(mean[name].low), float(mean[name].high)) for name in names[::-1]]
     lacking = "" if "next-layer router" in names else " The record lacks next_experts_LTK: no next-layer router."
     caption = (
         f"Predicting the experts of the next MoE layer before its router has run: fitted on half of the documents, "
@@ -287,21 +287,19 @@ def token_overlap(records: Sequence[RoutingRecord]) -> Table:
     tokens_N = np.flatnonzero(has_previous(record, np.arange(record.num_tokens)))
     if not len(tokens_N):
         raise MissingArray("No two consecutive tokens of one document were recorded")
-    nothing_N, rows = np.zeros(len(tokens_N), np.int64), []
-    documents_N = record.documents_T[tokens_N]
-    for layer, experts_TK in zip(record.layers, record.experts_LTK):
-        shared_N = common_experts(experts_TK[tokens_N], experts_TK[tokens_N - 1])
-        sums = document_counts(documents_N, nothing_N, 1, shared_N), document_counts(documents_N, nothing_N, 1)
-        interval = bootstrap(sums, np.divide, samples=500)
-        share_E = np.bincount(experts_TK[experts_TK >= 0], minlength=record.num_experts) / record.num_tokens
-        rows.append((layer, interval.value[0], interval.low[0], interval.high[0],
-                     record.experts_per_token**2 / record.num_experts, float(np.sum(share_E**2))))
+    shared_LN = common_experts(record.experts_LTK[:, tokens_N], record.experts_LTK[:, tokens_N - 1])
+    mean, rows = mean_over_documents(record.documents_T[tokens_N], shared_LN), []
+    random = choices_per_token(record) ** 2 / record.num_experts
+    for layer, experts_TK, *values in zip(record.layers, record.experts_LTK, mean.value, mean.low, mean.high):
+        share_E = count(experts_TK, record.num_experts) / record.num_tokens
+        rows.append((layer, *values, random, float(np.sum(share_E**2))))
     table = dict(zip("layer shared low high random by_load".split(), map(np.array, zip(*rows))))
-    mean = float(table["shared"].mean())
     caption = (
         f"Experts that a token shares with the token before it in the document, of {record.experts_per_token}, over "
         f"{len(tokens_N):,} pairs; bars: 95 % of resampled documents. Dashed: independent random choices, k²/E = "
         f"{rows[0][4]:.3g}. Dotted: independent choices with the loads that the experts have. Above both, neighbours "
         f"go to the same experts, and a cache of experts pays."
     )
-    return Table(table, caption, (Headline("shared experts of consecutive tokens, mean over layers", mean, rows[0][4]),))
+    ends = [float(end[-1]) if np.isfinite(end[-1]) else None for end in (mean.low, mean.high)]
+    name = "experts that consecutive tokens share, mean over layers"
+    return Table(table, caption, (Headline(name, float(mean.value[-1]), rows[0][4], *ends),))

@@ -46,6 +46,11 @@ def common_experts(experts_TK: np.ndarray, other_TM: np.ndarray) -> np.ndarray:
     return found_T
 
 
+def choices_per_token(record: RoutingRecord) -> float:
+    """Mean number of experts of a token in a layer: K, unless tokens may have fewer."""
+    return float((record.experts_LTK >= 0).sum(axis=-1).mean())
+
+
 def count(code: np.ndarray, size: int) -> np.ndarray:
     """How often each of 0 … size - 1 occurs, int64 ``[size]``; numbers below 0 are not counted."""
     code = np.asarray(code).ravel()
