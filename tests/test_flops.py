@@ -28,6 +28,18 @@ def test_parameters_of_a_moe_model_by_hand():
     assert count.active == dense + 2 * (2 * EXPERT + ROUTER)
 
 
+def test_multi_token_prediction_is_counted_in_training_alone():
+    plain, further = tiny.config(), tiny.config(model_mtp_depth=2)
+    count, without = count_parameters(further, 32), count_parameters(plain, 32)
+    # Two norms and the block's own two, M, the last norm, and a layer of 4 experts.
+    depth = 2 * 16 + NORMS + 2 * 16 * 16 + 16 + ATTENTION + 4 * EXPERT + ROUTER
+    assert count.total == without.total + 2 * depth
+    assert count.active == without.active
+    assert forward_flops_per_token(further, 32, 16) == forward_flops_per_token(plain, 32, 16)
+    layer = LAYER_FLOPS + 2 * (2 * EXPERT + ROUTER)
+    assert training_flops_per_token(further, 32) == training_flops_per_token(plain, 32) + 3 * 2 * (layer + 1024 + 2 * 512)
+
+
 def test_a_tied_table_is_counted_once():
     assert count_parameters(tiny.config(model_tie_embedding=True), 32).embedding == 512
 

@@ -47,6 +47,8 @@ CASES = {
                         moe_num_shared_experts=1, model_remat="none"),
     "rows": Case.of({"fsdp": 4, "expert": 2}, moe_dispatch="dropless", moe_row_exchange="padded", moe_every=2,
                     model_num_layers=4, training_microbatches=3, data_batch_size=48),
+    "further tokens": Case.of({"fsdp": 2, "expert": 2, "tensor": 2}, model_mtp_depth=2, model_remat="none", data_batch_size=8,
+                              data_objective="ul2", data_prefix_attention="bidirectional"),
 }
 
 

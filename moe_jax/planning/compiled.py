@@ -147,12 +147,12 @@ def abstract_batch(config: Config, mesh: Any) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.data.batches import PADDING
+    from moe_jax.data.batches import padding_of
     from moe_jax.sharding import batch_sharding
 
     shape = (config.data.batch_size, config.data.sequence_length)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "valid" else jnp.int32, sharding=batch_sharding(mesh))
-            for name in PADDING}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.bool_ if isinstance(value, bool) else jnp.int32, sharding=batch_sharding(mesh))
+            for name, value in padding_of(config.data).items()}
 
 
 _SIZE = r"([\d.]+)([KMGT]?)"

@@ -9,7 +9,7 @@ import math
 from typing import Iterator
 
 from moe_jax.config import Config
-from moe_jax.planning.formulas import Leaf, Share, blocks, exchanged_rows
+from moe_jax.planning.formulas import Leaf, Share, blocks, exchanged_rows, trained_layers
 from moe_jax.planning.hlo import Collective, sent_bytes
 from moe_jax.planning.slices import Slice
 from moe_jax.routing import ROUTERS
@@ -44,7 +44,7 @@ class _Maker:
                           between_slices=self.slice.num_slices > 1 and self.config.mesh.slice_axis in axes)
 
     def moe_layers(self) -> int:
-        return len(self.config.moe_layers)
+        return len(self.config.trained_moe_layers if self.training else self.config.moe_layers)
 
     def passes(self) -> int:
         """Forward, and forward again in the backward pass."""
@@ -64,7 +64,9 @@ def _weights(make: _Maker, params: list[Leaf]) -> Iterator[Collective]:
         if leaf.path[-1] == "embedding_VD":
             yield from _table(make, leaf, name)
             continue
-        layer = leaf.path[1] != "embedding" and leaf.path[1] != "final_norm"
+        if leaf.path[1] == "mtp" and not make.training:
+            continue
+        layer = "layers" in leaf.path
         # [D_fsdp, F_tensor] -> all-gather -> [D, F_tensor], in the compute dtype
         if "fsdp" in leaf.spec:
             shape = _shape(leaf, leaf.parts())
@@ -79,14 +81,19 @@ def _weights(make: _Maker, params: list[Leaf]) -> Iterator[Collective]:
 
 def _table(make, leaf, name):
     """Rows are picked from the whole table; a tied one is gathered along D once more, for the logits."""
-    item, training = make.share.item, make.training
+    item, training, times = make.share.item, make.training, _predictions(make)
     yield make("all-gather", ("fsdp", "tensor"), _shape(leaf, leaf.parts()), item, 1, f"{name}: rows")
     if make.config.model.tie_embedding:
         yield make("all-gather", ("fsdp",), _shape(leaf, leaf.parts()), item, 1, f"{name}: logits")
         if training:
-            yield make("all-reduce", TOKEN_AXES, _shape(leaf, leaf.parts("fsdp")), item, 1, f"gradient of {name}: logits")
+            yield make("all-reduce", TOKEN_AXES, _shape(leaf, leaf.parts("fsdp")), item, times, f"gradient of {name}: logits")
     if training:
-        yield make("all-reduce", TOKEN_AXES, _shape(leaf, leaf.parts("fsdp", "tensor")), item, 1, f"gradient of {name}: rows")
+        yield make("all-reduce", TOKEN_AXES, _shape(leaf, leaf.parts("fsdp", "tensor")), item, times, f"gradient of {name}: rows")
+
+
+def _predictions(make):
+    """How often a training step uses the tables: for the next token, and for each further one. XLA gathers them once."""
+    return 1 + make.config.model.mtp_depth
 
 
 def _gradient(make, leaf, name):
@@ -98,7 +105,8 @@ def _gradient(make, leaf, name):
     shape = _shape(leaf, leaf.parts(*without))
     # Reduced and scattered where nothing else is to be reduced over; else XLA reduces to all and takes its share.
     kind = "reduce-scatter" if gathered and axes == ("fsdp",) else "all-reduce"
-    yield make(kind, axes, shape, make.share.item if gathered else 4, leaf.repeats, f"gradient of {name}")
+    times = _predictions(make) if leaf.path[-1] == "w_logits_DV" else leaf.repeats
+    yield make(kind, axes, shape, make.share.item if gathered else 4, times, f"gradient of {name}")
 
 
 def _shape(leaf, parts):
@@ -154,7 +162,7 @@ def _tensor(make: _Maker) -> Iterator[Collective]:
     stream = (share.rows, share.length, model.d_model)
     backward = 1 if make.training else 0
     again = 1 if make.training and model.remat == "block" else 0
-    layers = model.num_layers
+    layers = trained_layers(config) if make.training else model.num_layers
     yield make("all-reduce", ("tensor",), stream, item, layers * (1 + again + backward), "attention")
     for networks, name in ((layers - make.moe_layers(), "dense"), (make.moe_layers() * _beside(moe), "beside experts")):
         # Nobody reads the output of a block's last layer again.
@@ -166,8 +174,9 @@ def _tensor(make: _Maker) -> Iterator[Collective]:
         shape = (share.slots(config), model.d_model) if buffers else stream
         yield make("all-reduce", ("tensor",), shape, item, make.moe_layers() * (1 + again + backward), "experts")
     if make.training:
-        yield make("all-reduce", ("tensor",), stream[:2], 4, 3, "loss: maximum, sum and target over the vocabulary")
-        yield make("all-reduce", ("tensor",), stream, item, 1, "gradient of the logits' input")
+        outputs = _predictions(make)
+        yield make("all-reduce", ("tensor",), stream[:2], 4, 3 * outputs, "loss: maximum, sum and target over the vocabulary")
+        yield make("all-reduce", ("tensor",), stream, item, outputs, "gradient of the logits' input")
 
 
 def _beside(moe):

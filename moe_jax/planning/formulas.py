@@ -108,6 +108,7 @@ class Share:
         shards = math.prod(sizes[axis] for axis in TOKEN_AXES)
         # The formulas are of a program for TPUs, whatever this machine is.
         fits = config.model.attention != "plain" and not unfit(length, config.model.head_dim, "tpu")
+        fits = fits and config.data.prefix_attention == "causal"
         return cls(sizes, step, -(-batch // shards), length, config.moe.dispatch if training else "dropless",
                    2 if training and config.model.remat != "none" else 1, fits and step != "decode",
                    jnp.dtype(config.model.dtype).itemsize)
@@ -234,8 +235,10 @@ def _inference_memory(config, share, state, cache):
 
 
 def _batch_bytes(config, share):
-    """What the step reads of a batch, four int32 arrays and one of bool, of all microbatches."""
-    return share.tokens * config.training.microbatches * (4 * 4 + 1)
+    """What the step reads of a batch, four int32 arrays and one of bool, two or three of bool under other objectives than the
+    causal one; of all microbatches."""
+    masks = 1 + (config.data.objective != "causal") + (config.data.prefix_attention == "bidirectional")
+    return share.tokens * config.training.microbatches * (4 * 4 + masks)
 
 
 def _cache_bytes(config: Config, share: Share) -> int:
@@ -248,22 +251,30 @@ def _pattern(config: Config) -> tuple[bool, ...]:
     return tuple(i in config.moe_layers for i in range(config.model.num_layers))
 
 
+def trained_layers(config: Config) -> int:
+    """Those of the model and of multi-token prediction."""
+    return config.model.num_layers + config.model.mtp_depth
+
+
 def blocks(config: Config) -> list[tuple[tuple[bool, ...], int]]:
-    """((is MoE, per layer), how often) of the blocks that are rematerialised as one, in order."""
+    """((is MoE, per layer), how often) of the blocks that are rematerialised as one, in order; those of multi-token
+    prediction last."""
     layers = _pattern(config)
     prefix, period, repeats = layer_pattern(layers) if config.model.scan_layers else (0, len(layers), 1)
     body = layers[prefix:prefix + period]
-    return [*(((m,), 1) for m in layers[:prefix]), (body, repeats), *(((m,), 1) for m in layers[prefix + period * repeats:])]
+    single = (*layers[prefix + period * repeats:], *layers[-1:] * config.model.mtp_depth)
+    return [*(((m,), 1) for m in layers[:prefix]), (body, repeats), *(((m,), 1) for m in single)]
 
 
 def _kept_bytes(config, share):
     """What waits for the backward pass: with rematerialisation the input of every block, and products for 'dots'."""
     stream = share.tokens * config.model.d_model * share.item
+    joined = 4 * config.model.mtp_depth * stream  # of each depth two normed inputs, their embedding, the block's input
     if config.model.remat == "none":
-        return sum(repeats * sum(_layer_bytes(config, share, m) for m in layers) for layers, repeats in blocks(config))
-    kept = sum(repeats for _, repeats in blocks(config)) * stream
+        return joined + sum(repeats * sum(_layer_bytes(config, share, m) for m in layers) for layers, repeats in blocks(config))
+    kept = joined + sum(repeats for _, repeats in blocks(config)) * stream
     if config.model.remat == "dots":
-        kept += sum(_product_bytes(config, share, m) for m in _pattern(config))
+        kept += sum(repeats * sum(_product_bytes(config, share, m) for m in layers) for layers, repeats in blocks(config))
     return kept
 
 
@@ -323,8 +334,8 @@ def _product_bytes(config, share, is_moe):
 
 
 def _logits_bytes(config, share):
-    """Logits, their gradient, and that in the compute dtype."""
-    return share.tokens * config.model.vocab_size // share.sizes["tensor"] * (4 + 4 + share.item)
+    """Logits, their gradient, and that in the compute dtype; of the next token and of each further one."""
+    return (1 + config.model.mtp_depth) * share.tokens * config.model.vocab_size // share.sizes["tensor"] * (4 + 4 + share.item)
 
 
 def _table_bytes(config, share, state):
@@ -340,7 +351,7 @@ def _gathered_bytes(share, state):
     layers: dict[tuple[str, ...], int] = {}
     for leaf in state["params"]:
         if "fsdp" in leaf.spec and leaf.path[1] != "embedding":
-            place = leaf.path[: leaf.path.index("layers") + 2]
+            place = leaf.path[: leaf.path.index("layers") + 2] if "layers" in leaf.path else leaf.path
             layers[place] = layers.get(place, 0) + math.prod(leaf.shape) // leaf.parts("fsdp") // leaf.repeats
     return 2 * share.item * max(layers.values(), default=0)
 
@@ -360,19 +371,20 @@ def _flops(config: Config, share: Share, step: str) -> tuple[float, float]:
     model = training_flops_per_token(config, vocab_size) * tokens
     hardware = hardware_flops_per_token(config, vocab_size)
     extra = _hidden_scores(config, share) + _one_hot(config, share)
-    layers = hardware / 3 - 2 * config.model.d_model * vocab_size
+    layers = hardware / 3 - (1 + config.model.mtp_depth) * 2 * config.model.d_model * vocab_size
     hardware += 3 * extra
     if config.model.remat == "block":
         hardware += layers + extra
     elif config.model.remat == "dots":  # what is not a product with weights: scores and values
-        hardware += 2 * config.model.num_layers * config.model.num_heads * config.model.head_dim * data.sequence_length + extra
+        hardware += 2 * trained_layers(config) * config.model.num_heads * config.model.head_dim * data.sequence_length + extra
     return model, hardware * tokens
 
 
 def _hidden_scores(config, share):
     """Per token: plain attention also computes the half of the scores that nobody may see."""
     model = config.model
-    return 0 if share.splash else 2 * model.num_layers * model.num_heads * model.head_dim * config.data.sequence_length
+    layers = trained_layers(config) if share.step == "train" else model.num_layers
+    return 0 if share.splash else 2 * layers * model.num_heads * model.head_dim * config.data.sequence_length
 
 
 def _one_hot(config, share):
@@ -381,4 +393,4 @@ def _one_hot(config, share):
         return 0
     moe, tokens = config.moe, group_tokens(config)
     slots = moe.num_experts * ROUTERS[moe.router].capacity(tokens, moe, moe.capacity_factor)
-    return len(config.moe_layers) * (2 * 2 * slots * config.model.d_model + 2 * 2 * tokens * slots * moe.experts_per_token)
+    return len(config.trained_moe_layers) * (2 * 2 * slots * config.model.d_model + 2 * 2 * tokens * slots * moe.experts_per_token)

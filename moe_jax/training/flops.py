@@ -18,7 +18,8 @@ from moe_jax.training.state import initial_params
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-    """total: all. active: per token, embeddings included once. embedding: the table and the output layer."""
+    """total: all. active: per token that is read or written, embeddings included once; multi-token prediction, which is for
+    training alone, left out. embedding: the table and the output layer."""
 
     total: int
     active: int
@@ -60,10 +61,10 @@ def count_parameters(config: Config, vocab_size: int) -> ParameterCount:
     """Counts by shapes of the real model (``jax.eval_shape``)."""
     shapes = jax.eval_shape(lambda: initial_params(config, vocab_size, jax.random.key(0)))
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    active = total
+    active = total - sum(leaf.size for leaf in jax.tree.leaves(shapes.get("mtp", ())))
     if config.moe_layers:
         idle = max(config.moe.num_copies - computed_choices(config), 0)
-        active = round(total - len(config.moe_layers) * idle * expert_parameters(config))
+        active = round(active - len(config.moe_layers) * idle * expert_parameters(config))
     return ParameterCount(total, active, sum(leaf.size for leaf in jax.tree.leaves(shapes["embedding"])))
 
 
@@ -75,13 +76,17 @@ def forward_flops_per_token(config: Config, vocab_size: int, length: int) -> flo
     levels 2·D·(E + X)) and constant experts 2·3·D each. Output layer 2·D·V. Norms, biases, softmax and the embedding
     look-up are left out.
     """
+    return _flops(config, vocab_size, length, config.model.num_layers, len(config.moe_layers), 1)
+
+
+def _flops(config: Config, vocab_size: int, length: int, layers: int, moe_layers: int, outputs: int) -> float:
+    """Of so many layers, of which so many have experts, and so many times the output layer."""
     model, moe = config.model, config.moe
     heads = model.num_heads + model.num_kv_heads
     attention = 2 * model.d_model * model.head_dim * 2 * heads + 2 * model.num_heads * model.head_dim * length
     dense = 2 * activation(model.activation).matrices * model.d_model * model.d_ff
-    moe_layers = len(config.moe_layers)
-    dense_layers = model.num_layers - (moe_layers if moe.residual_ffn == "none" else 0)
-    total = model.num_layers * attention + dense_layers * dense + 2 * model.d_model * vocab_size
+    dense_layers = layers - (moe_layers if moe.residual_ffn == "none" else 0)
+    total = layers * attention + dense_layers * dense + outputs * 2 * model.d_model * vocab_size
     if moe_layers:
         shared = moe.num_shared_experts * activation(moe.activation).matrices * model.d_model * moe.d_ff
         router = moe.num_routed_experts * ROUTERS[moe.router].learned + (moe.num_groups if ROUTERS[moe.router].two_levels else 0)
@@ -92,8 +97,12 @@ def forward_flops_per_token(config: Config, vocab_size: int, length: int) -> flo
 
 
 def training_flops_per_token(config: Config, vocab_size: int) -> float:
-    """Forward and twice that backward, without recomputation."""
-    return 3 * forward_flops_per_token(config, vocab_size, config.data.sequence_length)
+    """Forward and twice that backward, without recomputation. Multi-token prediction adds a layer, an output layer and a
+    matrix [2D, D] for each depth."""
+    length, depth = config.data.sequence_length, config.model.mtp_depth
+    further = _flops(config, vocab_size, length, depth, len(config.trained_moe_layers) - len(config.moe_layers), depth)
+    join = depth * 2 * 2 * config.model.d_model**2
+    return 3 * (forward_flops_per_token(config, vocab_size, length) + further + join)
 
 
 def hardware_flops_per_token(config: Config, vocab_size: int) -> float:
@@ -106,7 +115,7 @@ def hardware_flops_per_token(config: Config, vocab_size: int) -> float:
     if moe.dispatch != "reference":
         slots = moe.num_experts * ROUTERS[moe.router].capacity(tokens, moe, moe.capacity_factor)
     extra = slots / tokens - computed_choices(config)
-    return flops + 3 * 2 * len(config.moe_layers) * extra * expert_weights(config)
+    return flops + 3 * 2 * len(config.trained_moe_layers) * extra * expert_weights(config)
 
 
 def group_tokens(config: Config) -> int:
