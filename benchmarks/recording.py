@@ -71,19 +71,21 @@ def measure(config, passes: int, batches: int) -> dict:
         evaluator = Evaluator(config, run.vocab_size, run.data.vocabulary.bytes_per_token_V, run.data.domains, run.mesh)
         kinds = {"evaluation": lambda: evaluator.sums(params, bias_LE, read, mode),
                  "recording": lambda: record_routing(run, params, bias_LE, 0, read, mode)}
-        seconds = {name: [] for name in kinds}
+        seconds, processor = {name: [] for name in kinds}, {name: [] for name in kinds}
         for number in range(passes + 1):
             for name, once in kinds.items():
-                started = time.perf_counter()
+                started, used = time.perf_counter(), time.process_time()
                 result = once()
                 if number:  # the first compiles
                     seconds[name].append(time.perf_counter() - started)
+                    processor[name].append(time.process_time() - used)
         path, started = pathlib.Path(folder) / "routing" / "record.npz", time.perf_counter()
         write_record(path, result)
         written, size = time.perf_counter() - started, path.stat().st_size
     median = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [a / b for a, b in zip(seconds["recording"], seconds["evaluation"])]
     return {"ratio": median["recording"] / median["evaluation"], "ratio_quartiles": quartiles(ratios),
+            "processor_ratio": statistics.median(processor["recording"]) / statistics.median(processor["evaluation"]),
             "ratio_with_file": (median["recording"] + written) / median["evaluation"],
             "evaluation_seconds": median["evaluation"], "recording_seconds": median["recording"], "write_seconds": written,
             "bytes_per_token": size / result.num_tokens, "tokens": result.num_tokens, "passes": passes,
