@@ -218,16 +218,16 @@ def test_nobody_beats_belady_and_waiting_is_what_was_missed(seed):
 
 def test_uniform_routing_hits_n_over_e_and_lfu_learns_who_is_popular():
     random = np.random.default_rng(0)
-    uniform = random.integers(0, 16, (1, 20000, 1))
+    uniform = random.integers(0, 16, (1, 8000, 1))
     found = simulate(uniform, 16, [Setting(4, policy) for policy in POLICIES])
     share = found.hits.mean(axis=1)
-    np.testing.assert_allclose(share[:2], 4 / 16, atol=0.01)
+    np.testing.assert_allclose(share[:2], 4 / 16, atol=0.02)
     assert share[2] > 0.4
     popularity_E = np.arange(16, 0, -1) ** 2 / np.sum(np.arange(17) ** 2)
-    found = simulate(random.choice(16, (1, 20000, 1), p=popularity_E), 16, [Setting(4, policy) for policy in POLICIES])
+    found = simulate(random.choice(16, (1, 8000, 1), p=popularity_E), 16, [Setting(4, policy) for policy in POLICIES])
     lru, lfu, belady = found.hits.mean(axis=1)
     # LFU soon holds the four most popular but for one place, which the last expert asked for takes: at least three of them
-    assert popularity_E[:3].sum() - 0.01 < lfu < popularity_E[:4].sum() + 0.01
+    assert popularity_E[:3].sum() - 0.02 < lfu < popularity_E[:4].sum() + 0.02
     assert lru < lfu < belady
 
 
