@@ -63,11 +63,14 @@ def about_comparisons(comparisons: Sequence[Comparison]) -> str:
     expected = [each for each in comparisons if each.order.direction != "reported"]
     if not expected:
         return ""
+    text = "Differences are later minus earlier, paired by seed; intervals by Student's t."
     holding = [each for each in expected if each.verdict == HOLDS]
+    if len(expected) == 1:
+        return text
+    text += f" {len(expected)} expected orders: of so many intervals at {CONFIDENCE:.0%} one may miss by chance."
     strict = sum(each.strict == HOLDS for each in holding)
-    return (f"Differences are later minus earlier, paired by seed; intervals by Student's t. {len(expected)} expected "
-            f"order{'s' if len(expected) != 1 else ''}: with that many intervals at {CONFIDENCE:.0%} some may miss by chance; "
-            f"{strict} of the {len(holding)} that hold would also hold at {1 - (1 - CONFIDENCE) / len(expected):.2%} (Bonferroni).")
+    level = f"{1 - (1 - CONFIDENCE) / len(expected):.2%}"
+    return f"{text} Of the {len(holding)} that hold {strict} would also hold at {level} (Bonferroni)." if holding else text
 
 
 def show(sweep: Sweep, scale: str, found: Metrics, comparisons: Sequence[Comparison], console: Any) -> None:
