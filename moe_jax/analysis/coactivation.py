@@ -66,9 +66,10 @@ def _table(record: RoutingRecord, pairs: list[tuple[int, int]], uniform: float, 
     name = f"share of an expert's tokens that its closest expert {where} has too, mean over experts and layers"
     value = _headline(name, partners, np.stack(sums, axis=1), np.stack(unlinked, axis=1), within)
     caption = (
-        f"Of the tokens that choose an expert (row) the share that also choose each expert {where} (column); {record.num_tokens:,} "
-        f"tokens. White: {100 * uniform:.3g} %, uniform routing; a row adds up to {100 * partners} %. Specialisation: single dark "
-        f"cells, experts that work together. A red column is an expert that all tokens choose often.")
+        f"Of the tokens that choose an expert (row) the share that also choose each expert {where} (column); "
+        f"{record.num_tokens:,} tokens. White: {100 * uniform:.3g} %, uniform routing; a row adds up to "
+        f"{100 * partners} %. Specialisation: single dark cells, experts that work together. A red column is an "
+        "expert that all tokens choose often.")
     return Table(columns, caption, (value,), {"across": not within})
 
 
@@ -107,7 +108,9 @@ def _headline(name: str, partners: int, sums_BPEE: np.ndarray, unlinked_1PEE: np
     interval = bootstrap(sums_BPEE, closest, samples=100)
     value, reference = float(interval.value), float(closest(unlinked_1PEE)[0])
     margin = float(interval.high - interval.low) / 2  # around the value: resampling raises a maximum
-    return Headline(name, value, reference) if np.isnan(margin) else Headline(name, value, reference, value - margin, value + margin)
+    if np.isnan(margin):
+        return Headline(name, value, reference)
+    return Headline(name, value, reference, value - margin, value + margin)
 
 
 def draw_coactivation(table: Table) -> Any:

@@ -47,10 +47,11 @@ def saturation(records: Sequence[RoutingRecord]) -> Table:
         columns["saturation"][at_first].mean(), columns["independent"][at_first].mean(), last, codes, size,
         lambda counts: per_choice * (counts @ np.arange(size)) / counts.sum(axis=1))
     caption = (
-        f"Share of a token's experts at step {last.step:,} that it already had at an earlier step; {tokens:,} tokens, the same at "
-        f"all {len(records)} steps. Dashed: random sets, k/E; dotted: independent choices with the measured loads (mean over layers), which is "
-        f"more where few experts take most tokens. Early saturation: a line that is far above both soon. The last point is 1 by "
-        f"definition. OLMoE finds about 60 % after 1 % of training, and later layers before earlier ones.")
+        f"Share of a token's experts at step {last.step:,} that it already had at an earlier step; {tokens:,} tokens, "
+        f"the same at all {len(records)} steps. Dashed: random sets, k/E; dotted: independent choices with the "
+        "measured loads (mean over layers), which is more where few experts take most tokens. Early saturation: a "
+        "line that is far above both soon. The last point is 1 by definition. OLMoE finds about 60 % after 1 % of "
+        "training, and later layers before earlier ones.")
     return Table(columns, caption, (value,))
 
 
@@ -65,9 +66,10 @@ def draw_saturation(table: Table) -> Any:
     value_NL, steps, layers = grid(table.columns, "saturation", "step", "layer")
     for value_N, line in zip(value_NL.T, layer_lines(layers)):
         axis.plot(steps, 100 * value_N, marker="o", markersize=4, **line)
-    for column, style, label in (("random", (0, (5, 3)), "random sets, k/E"), ("independent", ":", "independent, these loads")):
-        axis.plot(steps, 100 * grid(table.columns, column, "step", "layer")[0].mean(axis=1), color=MUTED if column == "random" else INK,
-                  linestyle=style, linewidth=1.3, label=label)
+    for column, colour, style, label in (("random", MUTED, (0, (5, 3)), "random sets, k/E"),
+                                         ("independent", INK, ":", "independent, these loads")):
+        mean_N = 100 * grid(table.columns, column, "step", "layer")[0].mean(axis=1)
+        axis.plot(steps, mean_N, color=colour, linestyle=style, linewidth=1.3, label=label)
     axis.set(xlabel="step", ylabel="experts of the last step\nalready chosen (%)", ylim=(0, 104))
     legend_above(figure, axis)
     return figure
@@ -96,9 +98,10 @@ def token_over_training(records: Sequence[RoutingRecord], ids: Sequence[int] | N
                "ratio": ratios(counts_NLVE).ravel()}
     shown = last.layers[min(2, len(last.layers) - 1)]
     caption = (
-        f"Where one token id goes at each saved step, relative to the fair share 1/{experts} (1.0, white), in MoE layer {shown} (the "
-        f"third, as in the paper, or the last; the table has all); {(code_T >= 0).sum():,} tokens, the same at all steps. Early specialisation: "
-        f"columns that keep their colour from the first steps on.{drop_note(last)}")
+        f"Where one token id goes at each saved step, relative to the fair share 1/{experts} (1.0, white), in MoE "
+        f"layer {shown} (the third, as in the paper, or the last; the table has all); {(code_T >= 0).sum():,} tokens, "
+        "the same at all steps. Early specialisation: columns that keep their colour from the first steps "
+        f"on.{drop_note(last)}")
     return Table(columns, caption, facts={"layer": shown})
 
 
@@ -142,7 +145,8 @@ def token_stability(records: Sequence[RoutingRecord], least: int = LEAST_OCCURRE
             now_VE, end_VE = ratio_LVE[layer], ratio_NLVE[-1][layer]
             other = [_of_others(measure, now_VE, end_VE) for measure in (cosine, divergence)]
             rows.append({
-                "step": np.full(size, record.step), "layer": np.full(size, number), "token_id": ids[kept], "tokens": tokens_V[kept],
+                "step": np.full(size, record.step), "layer": np.full(size, number), "token_id": ids[kept],
+                "tokens": tokens_V[kept],
                 "cosine": cosine(now_VE, end_VE), "divergence": divergence(now_VE, end_VE),
                 "cosine_before": np.full(size, np.nan) if before is None else cosine(now_VE, before[layer]),
                 "other_cosine": np.full(size, other[0]), "other_divergence": np.full(size, other[1])})
@@ -157,13 +161,14 @@ def token_stability(records: Sequence[RoutingRecord], least: int = LEAST_OCCURRE
                              pair_codes(np.where(code_T >= 0, code_T + size, -1), chosen_TK(last, layer, True), experts)], axis=1)
              for layer in range(len(last.layers))]
     at_first = columns["step"] == records[0].step
-    value = headline(f"cosine of a token id's routing at step {records[0].step:,} and step {last.step:,}, mean over {size} ids and layers",
-                     columns["cosine"][at_first].mean(), columns["other_cosine"][at_first].mean(), last, codes,
+    value = headline(f"cosine of a token id's routing at step {records[0].step:,} and step {last.step:,}, mean over {size} "
+                     f"ids and layers", columns["cosine"][at_first].mean(), columns["other_cosine"][at_first].mean(), last, codes,
                      2 * size * experts, first_with_last)
     caption = (
-        f"How alike the routing of a token id at a step and at the last step is, mean over {size} ids with at least {least} tokens "
-        f"({tokens_V[kept].sum():,} tokens): left cosine, right Jensen-Shannon divergence. Dashed: the same for two different ids, "
-        f"mean over layers. Early specialisation: solid lines far from the dashed one at the first steps already.{drop_note(last)}")
+        f"How alike the routing of a token id at a step and at the last step is, mean over {size} ids with at least "
+        f"{least} tokens ({tokens_V[kept].sum():,} tokens): left cosine, right Jensen-Shannon divergence. Dashed: the "
+        "same for two different ids, mean over layers. Early specialisation: solid lines far from the dashed one at "
+        f"the first steps already.{drop_note(last)}")
     return Table(columns, caption, (value,))
 
 
@@ -192,14 +197,15 @@ def _of_others(measure, now_VE: np.ndarray, end_VE: np.ndarray, most: int = 32) 
 def draw_token_stability(table: Table) -> Any:
     steps, layers = np.unique(table["step"]), np.unique(table["layer"])
     figure, axes = panels(2, 3.1)
-    for axis, column, label in zip(axes, ("cosine", "divergence"), ("cosine with the last step", "JS divergence from the last step (bits)")):
+    labels = {"cosine": "cosine with the last step", "divergence": "JS divergence from the last step (bits)"}
+    for axis, (column, label) in zip(axes, labels.items()):
         def mean(name: str, layer: int) -> list[float]:
             return [table.where(layer=layer, step=step)[name].mean() for step in steps]
 
         for layer, line in zip(layers, layer_lines(layers)):
             axis.plot(steps, mean(column, layer), marker="o", markersize=4, **line)
-        axis.plot(steps, np.mean([mean(f"other_{column}", layer) for layer in layers], axis=0), color=MUTED, linestyle=(0, (5, 3)),
-                  label="two different ids")
+        others_N = np.mean([mean(f"other_{column}", layer) for layer in layers], axis=0)
+        axis.plot(steps, others_N, color=MUTED, linestyle=(0, (5, 3)), label="two different ids")
         axis.set(xlabel="step", ylabel=label, ylim=(0, 1.04))
     legend_above(figure, *axes)
     return figure

@@ -9,7 +9,7 @@ import numpy as np
 from moe_jax.analysis.recording import RoutingRecord
 from moe_jax.analysis.report_figures import MUTED, drops_by_position, legend, plain, reference_line
 from moe_jax.analysis.routing_counts import chosen_TK, count, domain_codes, headline
-from moe_jax.analysis.routing_figures import SERIES, bars, grid, legend_above, panels
+from moe_jax.analysis.routing_figures import SERIES, bars, grid, legend_above, panels, row_height
 from moe_jax.analysis.specialisation import routing_by_category, turn_codes
 from moe_jax.analysis.tables import Headline, Table, latest
 
@@ -60,9 +60,10 @@ def drops(records: Sequence[RoutingRecord]) -> Table:
                    for part_T, name in ((early_T, "first"), (late_T, "last")))
     capacity = f", capacity factor {record.capacity_factor:g}" if record.capacity_factor else ""
     caption = (
-        f"Share of choices that found no place, by position in the row of {size:,} tokens; {record.num_tokens:,} tokens, "
-        f"dispatch {record.dispatch or 'unknown'}{capacity}. The dashed line is the mean. A rise to the right means that buffers fill up "
-        f"before the row ends, so that late tokens lose their experts; OpenMoE reports up to 30 % on text unlike its training data.")
+        f"Share of choices that found no place, by position in the row of {size:,} tokens; {record.num_tokens:,} "
+        f"tokens, dispatch {record.dispatch or 'unknown'}{capacity}. The dashed line is the mean. A rise to the right "
+        "means that buffers fill up before the row ends, so that late tokens lose their experts; OpenMoE reports up "
+        "to 30 % on text unlike its training data.")
     return Table(columns, caption, (early, dataclasses.replace(late, reference=early.value)))
 
 
@@ -89,16 +90,17 @@ def drops_by_source(records: Sequence[RoutingRecord]) -> Table:
     columns = {"layer": np.array(record.layers)[layer], "domain": np.array(names)[domain], "position": place * width,
                "choices": made.ravel(), "dropped": dropped.ravel(), "ratio": _ratio(dropped, made).ravel()}
     caption = (
-        f"Left: share of choices that found no place by domain, one point per layer, the bar is their mean; right: the same by position "
-        f"in the row (bins of {width} tokens), all layers; {int((code_T >= 0).sum()):,} tokens. Grey: all text. Domains that "
-        f"lie above it are routed to few experts, or unlike the text that the router was balanced on.")
+        "Left: share of choices that found no place by domain, one point per layer, the bar is their mean; right: "
+        f"the same by position in the row (bins of {width} tokens), all layers; {int((code_T >= 0).sum()):,} tokens. "
+        "Grey: all text. Domains that lie above it are routed to few experts, or unlike the text that the router was "
+        "balanced on.")
     return Table(columns, caption, (_drop_headline(record, code_T >= 0, "dropped choices, all text"),))
 
 
 def draw_drops_by_source(table: Table) -> Any:
     sums = {name: _sums(table, name) for name in ("choices", "dropped")}
     domains, layers, positions = (list(dict.fromkeys(table[name].tolist())) for name in ("domain", "layer", "position"))
-    figure, (left, right) = panels(2, max(2.8, 0.9 + 0.3 * len(domains)))
+    figure, (left, right) = panels(2, max(2.8, 0.9 + row_height(len(domains)) * len(domains)))
     ratio_D = 100 * _ratio(sums["dropped"].sum(axis=(0, 2)), sums["choices"].sum(axis=(0, 2)))
     ratio_DL = 100 * _ratio(sums["dropped"].sum(axis=2), sums["choices"].sum(axis=2)).T
     bars(left, [plain(name) for name in domains], ratio_DL / 100)
@@ -107,8 +109,9 @@ def draw_drops_by_source(table: Table) -> Any:
     named = np.argsort(-ratio_D, kind="stable")[:len(SERIES)]
     for domain in range(len(domains)):
         place = list(named).index(domain) if domain in named else None
-        right.plot(positions, ratio_DS[domain], marker=".", linewidth=1.4 if place is not None else 0.7, zorder=3 if place is not None else 2,
-                   color=MUTED if place is None else SERIES[place], label=None if place is None else plain(domains[domain]))
+        line = {"color": MUTED, "linewidth": 0.7, "zorder": 2} if place is None else {
+            "color": SERIES[place], "linewidth": 1.4, "zorder": 3, "label": plain(domains[domain])}
+        right.plot(positions, ratio_DS[domain], marker=".", **line)
     mean = 100 * sums["dropped"].sum() / max(sums["choices"].sum(), 1)
     left.axvline(mean, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.3)
     reference_line(right, mean, f"all text {mean:.2g} %")
@@ -141,9 +144,9 @@ def drops_by_turn(records: Sequence[RoutingRecord]) -> Table:
                  for name, part_T in parts.items() if part_T.any()]
     headlines[-1] = dataclasses.replace(headlines[-1], reference=headlines[0].value if len(headlines) > 1 else None)
     caption = (
-        f"Share of choices that found no place by turn of the conversation; {tokens_C.sum():,} tokens in conversations. One "
-        f"point per layer, the bar is their mean; the dashed line is the mean of all turns. Bars that grow from turn to turn mean that "
-        f"buffers fill up before a conversation ends.")
+        f"Share of choices that found no place by turn of the conversation; {tokens_C.sum():,} tokens in "
+        "conversations. One point per layer, the bar is their mean; the dashed line is the mean of all turns. Bars "
+        "that grow from turn to turn mean that buffers fill up before a conversation ends.")
     return Table(columns, caption, tuple(headlines))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.analysis.over_training import overlap
 from moe_jax.analysis.recording import RoutingRecord
-from moe_jax.analysis.report_figures import INK, MUTED, TRAIN
+from moe_jax.analysis.report_figures import INK, MUTED, TRAIN, plain
 from moe_jax.analysis.routing_counts import chosen_TK, count, domain_codes, headline
 from moe_jax.analysis.routing_figures import SERIES, grid, legend_above, panels, shown
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
@@ -43,17 +43,19 @@ def repeated_choices(records: Sequence[RoutingRecord]) -> Table:
             code[before_N] = hits_N
             codes[name].append(code)
         for name, of_N in groups:
-            rows.append((number, name, of_N.sum(), *(hits_N[of_N].mean() if of_N.any() else np.nan for hits_N in (same_N, shared_N)),
-                         1 / record.num_experts, random, float(((load_E / max(load_E.sum(), 1)) ** 2).sum())))
+            shares = [hits_N[of_N].mean() if of_N.any() else np.nan for hits_N in (same_N, shared_N)]
+            rows.append((number, name, of_N.sum(), *shares, 1 / record.num_experts, random,
+                         float(((load_E / max(load_E.sum(), 1)) ** 2).sum())))
     names = ("layer", "domain", "pairs", "first", "any", "first_random", "any_random", "first_independent")
     columns = dict(zip(names, map(np.array, zip(*rows))))
     everything = columns["domain"] == "all"
     headlines = [_headline(record, codes[name], columns[name][everything], columns[f"{name}_random"][0], name) for name in codes]
     caption = (
-        f"Share of {len(before_N):,} pairs of consecutive tokens of a document with the same first choice (left) and with any chosen expert in "
-        f"common (right). Dashed: random, {100 / record.num_experts:.3g} % and {100 * random:.3g} %; dotted: independent choices with the "
-        f"measured load. Well above them means that text stays with its experts from token to token (good for caching, bad for "
-        f"expert parallelism). Mixtral finds about 13 % in its first layer and 20 to 28 % in later ones, of 12.5 %.")
+        f"Share of {len(before_N):,} pairs of consecutive tokens of a document with the same first choice (left) and "
+        f"with any chosen expert in common (right). Dashed: random, {100 / record.num_experts:.3g} % and "
+        f"{100 * random:.3g} %; dotted: independent choices with the measured load. Well above them means that text "
+        "stays with its experts from token to token (good for caching, bad for expert parallelism). Mixtral finds "
+        "about 13 % in its first layer and 20 to 28 % in later ones, of 12.5 %.")
     return Table(columns, caption, tuple(headlines))
 
 
@@ -72,7 +74,7 @@ def consecutive(record: RoutingRecord) -> tuple[np.ndarray, np.ndarray]:
 
 
 def repeats(a_NK: np.ndarray, b_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether first choices are equal, and whether any expert is in both sets, bool ``[N]``; a choice of nobody is never equal."""
+    """Whether first choices are equal, and whether any expert is in both sets, bool ``[N]``; nowhere equals nothing."""
     return (a_NK[:, 0] == b_NK[:, 0]) & (a_NK[:, 0] >= 0), overlap(a_NK, b_NK)[0] > 0
 
 
@@ -97,17 +99,20 @@ def _headline(record: RoutingRecord, codes: list[np.ndarray], value_L: np.ndarra
 def draw_repeated_choices(table: Table) -> Any:
     figure, axes = panels(2, 3.4)
     domains = list(dict.fromkeys(table["domain"].tolist()))[1:]
-    for axis, column, label in zip(axes, ("first", "any"), ("same first choice (% of pairs)", "any expert in common (% of pairs)")):
+    labels = {"first": "same first choice (% of pairs)", "any": "any expert in common (% of pairs)"}
+    for axis, (column, label) in zip(axes, labels.items()):
         value_DL, names, layers = grid(table.columns, column, "domain", "layer")
         for index, (name, value_L) in enumerate(zip(names, 100 * value_DL)):
-            named = index <= len(SERIES) - 1
-            axis.plot(layers, value_L, marker="o", markersize=5 if index == 0 else 3, linewidth=2.2 if index == 0 else 1.0,
-                      color=TRAIN if index == 0 else SERIES[index] if named else MUTED, zorder=4 if index == 0 else 3,
-                      label="all text" if index == 0 else name if named and len(domains) > 1 else None)
+            line = {"color": TRAIN, "markersize": 5, "linewidth": 2.2, "zorder": 4, "label": "all text"}
+            if index:
+                named = index < len(SERIES)
+                line = {"color": SERIES[index] if named else MUTED, "markersize": 3, "linewidth": 1.0, "zorder": 3 if named else 2,
+                        "label": plain(name) if named and len(domains) > 1 else None}
+            axis.plot(layers, value_L, marker="o", **line)
         axis.axhline(100 * table[f"{column}_random"][0], color=MUTED, linestyle=(0, (5, 3)), linewidth=1.3, label="random")
         if column == "first":
-            axis.plot(layers, 100 * grid(table.columns, "first_independent", "domain", "layer")[0][0], color=INK, linestyle=":",
-                      label="independent, this load")
+            load_L = 100 * grid(table.columns, "first_independent", "domain", "layer")[0][0]
+            axis.plot(layers, load_L, color=INK, linestyle=":", label="independent, this load")
         axis.set(xlabel="layer", ylabel=label)
         axis.set_ylim(0, min(104, 110 * max(np.nanmax(table[column]), table[f"{column}_random"][0])))
         axis.set_xticks(layers if len(layers) <= 10 else shown(layers, 6))

@@ -189,5 +189,5 @@ def drop_note(record: RoutingRecord) -> str:
     lost = 0.0 if record.kept_LTK is None or not made else 1 - int((record.kept_LTK & (record.experts_LTK >= 0)).sum()) / made
     if lost < 0.01:
         return ""
-    return (f" {100 * lost:.2g} % of the choices found no place and are left out here, most of them those of popular experts late in the "
-            f"row; record with moe.dispatch=dropless to see the router's choices alone.")
+    return (f" {100 * lost:.2g} % of the choices found no place and are left out here, most of them those of popular "
+            f"experts late in the row; record with moe.dispatch=dropless to see the router's choices alone.")

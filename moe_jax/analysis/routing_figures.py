@@ -57,6 +57,11 @@ def strips(axis: Any, positions: Sequence[float], values: np.ndarray, ring: bool
             axis.plot(points[best], position + spread[best], "o", color=EVALUATION, markersize=5, fillstyle="none", zorder=4)
 
 
+def row_height(rows: int) -> float:
+    """Inches for each of so many named rows."""
+    return 0.3 if rows <= 12 else 0.19
+
+
 def row_names(axis: Any, names: Sequence[str], kind: str = "") -> None:
     """Names on the y axis, the first on top."""
     axis.set_yticks(range(len(names)), names)
@@ -92,4 +97,5 @@ def few_hundreds(axis: Any) -> None:
 def legend_above(figure: Any, *axes: Any) -> None:
     """One legend for all of the axes, above them; a label that several have is shown once."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(found.values(), found, loc="outside upper left", ncols=6, fontsize=8.5, frameon=False, labelcolor=INK)
+    beside = max(2, min(6, 100 // (8 + max(map(len, found), default=0))))
+    figure.legend(found.values(), found, loc="outside upper left", ncols=beside, fontsize=8.5, frameon=False, labelcolor=INK)

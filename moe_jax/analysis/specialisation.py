@@ -13,7 +13,7 @@ from moe_jax.analysis.recording import RoutingRecord
 from moe_jax.analysis.report_figures import MUTED, domains_by_expert, panel_title, plain
 from moe_jax.analysis.routing_counts import (
     chosen_TK, count, counts_LCE, domain_codes, drop_note, headline, pair_codes, ratios, uniform_std, variation)
-from moe_jax.analysis.routing_figures import bars, grid, legend_above, panels, row_names, share_bounds, shown, strips
+from moe_jax.analysis.routing_figures import bars, grid, legend_above, panels, row_height, row_names, share_bounds, shown, strips
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
 
 MOST_TURNS = 8
@@ -43,11 +43,11 @@ def routing_by_category(record: RoutingRecord, code_T: np.ndarray, names: Sequen
                "uniform_std": np.repeat(noise_LC.ravel(), record.num_experts)}
     tokens_C = count(code_T, len(names))
     caption = (
-        f"Share of each {kind}'s dispatched choices that goes to each expert, relative to the fair share 1/{record.num_experts} "
-        f"(1.0, white); {tokens_C.sum():,} tokens, {tokens_C.min():,} to {tokens_C.max():,} per {kind}. Specialisation: rows "
-        f"of a layer differ from each other by more than uniform routing of so few tokens would (± "
-        f"{record.num_experts * np.nanmedian(noise_LC):.2f} in these units). Rows that are alike, even if unequal, are an "
-        f"imbalance that all text shares.{drop_note(record)}")
+        f"Share of each {kind}'s dispatched choices that goes to each expert, relative to the fair share "
+        f"1/{record.num_experts} (1.0, white); {tokens_C.sum():,} tokens, {tokens_C.min():,} to {tokens_C.max():,} "
+        f"per {kind}. Specialisation: rows of a layer differ from each other by more than uniform routing of so few "
+        f"tokens would (± {record.num_experts * np.nanmedian(noise_LC):.2f} in these units). Rows that are alike, "
+        f"even if unequal, are an imbalance that all text shares.{drop_note(record)}")
     return Table(columns, caption, (variation_headline(record, code_T, len(names), kind),), {"kind": kind})
 
 
@@ -95,17 +95,17 @@ def domain_specialisation(records: Sequence[RoutingRecord]) -> Table:
     top = _category_headline("share of a domain's tokens that choose its favourite expert, mean over domains and layers",
                              record, code_T, len(names), False, statistic)
     caption = (
-        f"For each domain one point per expert: the share of the domain's {tokens_C.min():,} to {tokens_C.max():,} tokens "
-        f"({tokens_C.sum():,} in all) that choose the expert; the largest has a ring. The line is k/E = "
-        f"{100 * uniform.mean():.3g} %, uniform routing; the band is ± 2 standard deviations of it for the smallest domain. "
-        f"Specialisation: experts far above the line for one domain and not for the others.")
+        f"For each domain one point per expert: the share of the domain's {tokens_C.min():,} to {tokens_C.max():,} "
+        f"tokens ({tokens_C.sum():,} in all) that choose the expert; the largest has a ring. The line is k/E = "
+        f"{100 * uniform.mean():.3g} %, uniform routing; the band is ± 2 standard deviations of it for the smallest "
+        "domain. Specialisation: experts far above the line for one domain and not for the others.")
     return Table(columns, caption, (top,))
 
 
 def draw_domain_specialisation(table: Table) -> Any:
     layers = shown(table["layer"])
     domains = len(np.unique(table["domain"]))
-    figure, axes = panels(len(layers), 0.75 + 0.3 * domains, sharex=True, sharey=True)
+    figure, axes = panels(len(layers), 0.75 + row_height(domains) * domains, sharex=True, sharey=True)
     for index, (axis, layer) in enumerate(zip(axes, layers)):
         rows = table.where(layer=layer)
         share_CE, names, _ = grid(rows, "share", "domain", "expert")
@@ -144,12 +144,13 @@ def routing_by_turn(records: Sequence[RoutingRecord]) -> Table:
     alone_LC = np.sqrt(1 - went.sum(axis=-1) / np.maximum(went.sum(axis=(1, 2)), 1)[:, None])
     noise_LC = uniform_std(record, code_T, size, dispatched=True) * record.num_experts * np.sqrt(2 / np.pi) / 2 * alone_LC
     columns = {"layer": np.array(record.layers)[layer], "group": np.array(names)[group], "tokens": tokens_C[group],
-               "distance": variation(ratios(went), ratios(went.sum(axis=1))[:, None]).ravel(), "uniform_distance": noise_LC.ravel()}
+               "distance": variation(ratios(went), ratios(went.sum(axis=1))[:, None]).ravel(),
+               "uniform_distance": noise_LC.ravel()}
     caption = (
-        f"How far each turn's routing lies from that of all turns (total variation distance: the share of choices that would "
-        f"have to go elsewhere); {tokens_C.sum():,} tokens in conversations. One point per layer, the bar is their mean. Grey "
-        f"marks: uniform routing of so few tokens. Specialisation: distances well above the marks and above the reference, "
-        f"which has the noise of documents.{drop_note(record)}")
+        "How far each turn's routing lies from that of all turns (total variation distance: the share of choices "
+        f"that would have to go elsewhere); {tokens_C.sum():,} tokens in conversations. One point per layer, the bar "
+        "is their mean. Grey marks: uniform routing of so few tokens. Specialisation: distances well above the marks "
+        f"and above the reference, which has the noise of documents.{drop_note(record)}")
     return Table(columns, caption, (variation_headline(record, code_T, size, "turn"),))
 
 
@@ -214,10 +215,11 @@ def without_link(record: RoutingRecord, code_T: np.ndarray, size: int, dispatche
                  statistic: Callable[[np.ndarray], np.ndarray], times: int = 100, seed: int = 0) -> float | None:
     """What a statistic would be, mean over layers, if category and routing had nothing to do with each other.
 
-    Every category is given the routing ratio of all of them, and the noise that its documents really have: the deviation of
-    each of its documents from the category's own ratio, with a random sign (the wild bootstrap of Wu 1986, for documents of
-    unequal length). Documents of a category differ by more than their tokens' number explains, so this is more than the
-    noise of uniform routing. Categories of a single document are left out; None if fewer than two others are left.
+    Every category is given the routing ratio of all of them, and the noise that its documents really have: the deviation
+    of each of its documents from the category's own ratio, with one random sign for each document (the wild bootstrap of
+    Wu 1986, for documents of unequal length). Documents of a category differ by more than their tokens' number explains,
+    so this is more than the noise of uniform routing. Categories of a single document are left out; None if fewer than two
+    others are left.
     """
     if record.documents_T is None:
         return None

@@ -64,10 +64,10 @@ def std_over_experts(record: RoutingRecord, value_T: np.ndarray, kind: str, leas
     mean = headline(f"std over experts of the routing ratio, mean over {size} {words}s and layers", np.nanmean(std_LC),
                     dealt_anew(record, code_T, size, True, mean_std), record, codes, size * experts, mean_std)
     caption = (
-        f"One point per {words} with at least {least} tokens ({size} of them, {tokens_V[kept].sum():,} tokens): standard "
-        f"deviation over the {experts} experts of its routing ratio. Grey: uniform routing of as many choices, which is above "
-        f"0 for any finite number; dotted: the load of all text. Specialisation: points well above both. OpenMoE finds "
-        f"token ids far above the reference and positions near it.{drop_note(record)}")
+        f"One point per {words} with at least {least} tokens ({size} of them, {tokens_V[kept].sum():,} tokens): "
+        f"standard deviation over the {experts} experts of its routing ratio. Grey: uniform routing of as many "
+        "choices, which is above 0 for any finite number; dotted: the load of all text. Specialisation: points well "
+        f"above both. OpenMoE finds token ids far above the reference and positions near it.{drop_note(record)}")
     return Table(columns, caption, (mean,), {"kind": kind})
 
 
@@ -84,7 +84,8 @@ def draw_std_over_experts(table: Table) -> Any:
         order = np.argsort(x, kind="stable")
         axis.plot(x, rows["std"], ".", color=TRAIN, markersize=4, alpha=0.7, label=f"one {kind.replace('_', ' ')}")
         above = rows["std"] > ceiling
-        axis.plot(x[above], np.full(above.sum(), 0.98 * ceiling), "^", color=TRAIN, markersize=4, label="above the axis" if above.any() else None)
+        axis.plot(x[above], np.full(above.sum(), 0.98 * ceiling), "^", color=TRAIN, markersize=4,
+                  label="above the axis" if above.any() else None)
         mean = np.nanmean(rows["std"])
         axis.axhline(mean, color=EVALUATION, linewidth=1.4, label="mean")
         axis.plot(x[order], rows["uniform_std"][order], color=MUTED, linewidth=1.8, label="uniform routing")

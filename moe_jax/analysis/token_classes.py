@@ -91,10 +91,11 @@ def token_classes(records: Sequence[RoutingRecord]) -> Table:
     top = headline("information of a token's class about its expert in nats, mean over layers", value,
                    dealt_anew(record, code_T, size, True, told), record, codes, size * experts, told)
     caption = (
-        f"Entropy over the {experts} experts of where each class of tokens goes; {(code_T >= 0).sum():,} tokens in {size} classes, told by the "
-        f"token's text. Dashed: ln {experts} = {math.log(experts):.2f}, uniform routing (less by {np.max(math.log(experts) - columns['uniform']):.2g} at most for "
-        f"so few tokens); dotted: all text. Specialisation: classes far below the dotted line. ST-MoE finds this in encoders, and in "
-        f"its decoders none.{drop_note(record)}")
+        f"Entropy over the {experts} experts of where each class of tokens goes; {(code_T >= 0).sum():,} tokens in "
+        f"{size} classes, told by the token's text. Dashed: ln {experts} = {math.log(experts):.2f}, uniform routing "
+        f"(less by {np.max(math.log(experts) - columns['uniform']):.2g} at most for so few tokens); dotted: all text. "
+        "Specialisation: classes far below the dotted line. ST-MoE finds this in encoders, and in its decoders "
+        f"none.{drop_note(record)}")
     return Table(columns, caption, (top,), {"experts": experts})
 
 

@@ -34,7 +34,8 @@ def routing_by_token(records: Sequence[RoutingRecord], ids: Sequence[int] | None
     ids = np.asarray(ids)
     code_T = codes_of(record.token_ids_T, ids)
     table = routing_by_category(record, code_T, distinct_labels(record, ids), "token")
-    columns = {"layer": table["layer"], "token_id": np.tile(np.repeat(ids, record.num_experts), len(record.layers)), **table.columns}
+    ids_of_rows = np.tile(np.repeat(ids, record.num_experts), len(record.layers))
+    columns = {"layer": table["layer"], "token_id": ids_of_rows, **table.columns}
     return Table(columns, table.caption, table.headlines, table.facts)
 
 
@@ -67,16 +68,17 @@ def top_tokens(records: Sequence[RoutingRecord], most: int = TOP) -> Table:
         for expert, counts_V in enumerate(counts_VE.T):
             best = top(counts_V, most)
             found = counts_V[best]
-            rows.append((np.full(len(best), number), np.full(len(best), expert), np.arange(1, len(best) + 1), ids[best], found,
-                         found / max(counts_V.sum(), 1), found / counts_VE[best].sum(axis=1)))
+            rows.append((np.full(len(best), number), np.full(len(best), expert), np.arange(1, len(best) + 1), ids[best],
+                         found, found / max(counts_V.sum(), 1), found / counts_VE[best].sum(axis=1)))
     names = ("layer", "expert", "rank", "token_id", "count", "share_of_expert", "share_of_token")
     columns = dict(zip(names, map(np.concatenate, zip(*rows))))
     texts = {token: token_label(record, token) for token in np.unique(columns["token_id"]).tolist()}
     columns["text"] = np.array([texts[token] for token in columns["token_id"].tolist()])
     caption = (
-        f"The {most} token ids that each expert gets most often, most frequent left, in the third MoE layer as in the paper (the last, "
-        f"if there are fewer; the table has all layers); {record.num_tokens:,} tokens. Colour and number: of the choices of that id, the share that goes to this "
-        f"expert; {100 / experts:.2g} % if it went everywhere alike. Specialisation: dark cells, of ids that belong together.")
+        f"The {most} token ids that each expert gets most often, most frequent left, in the third MoE layer as in the "
+        f"paper (the last, if there are fewer; the table has all layers); {record.num_tokens:,} tokens. Colour and "
+        f"number: of the choices of that id, the share that goes to this expert; {100 / experts:.2g} % if it went "
+        "everywhere alike. Specialisation: dark cells, of ids that belong together.")
     return Table(columns, caption, facts={"experts": experts, "layer": record.layers[min(2, len(record.layers) - 1)]})
 
 
@@ -125,11 +127,12 @@ def vocabulary_specialisation(records: Sequence[RoutingRecord], least: int = LEA
     texts = {token: token_label(record, token) for token in np.unique(columns["token_id"]).tolist()}
     columns["text"] = np.array([texts[token] for token in columns["token_id"].tolist()])
     caption = (
-        f"Mean over token ids with at least {least} occurrences of the share of occurrences that choose the id's favourite "
-        f"expert; {record.num_tokens:,} tokens. Dashed: uniform routing of the same ids as often, which lies above k/E "
-        f"because the best of {record.num_experts} noisy shares is taken; dotted: the most chosen expert's share of all tokens, which an id without an "
-        f"expert of its own would come to. Specialisation: lines well above both. In OLMoE it grows with depth, and late "
-        f"layers follow the predicted id more than the input id.")
+        f"Mean over token ids with at least {least} occurrences of the share of occurrences that choose the id's "
+        f"favourite expert; {record.num_tokens:,} tokens. Dashed: uniform routing of the same ids as often, which "
+        f"lies above k/E because the best of {record.num_experts} noisy shares is taken; dotted: the most chosen "
+        "expert's share of all tokens, which an id without an expert of its own would come to. Specialisation: lines "
+        "well above both. In OLMoE it grows with depth, and late layers follow the predicted id more than the input "
+        "id.")
     return Table(columns, caption, tuple(headlines))
 
 
@@ -149,8 +152,8 @@ def _specialisation_of(record: RoutingRecord, kind: str, ids_T: np.ndarray, leas
         codes.append(pair_codes(code_T, chosen, experts))
         share_CE = count(codes[-1], size * experts).reshape(size, experts) / tokens_C[:, None]
         load = count(chosen, experts).max() / len(ids_T)
-        columns.append({"layer": np.full(size, number), "kind": np.full(size, kind), "token_id": ids[kept], "occurrences": tokens_C,
-                        "expert": share_CE.argmax(axis=1), "share": share_CE.max(axis=1), "uniform": uniform_C,
+        columns.append({"layer": np.full(size, number), "kind": np.full(size, kind), "token_id": ids[kept],
+                        "occurrences": tokens_C, "expert": share_CE.argmax(axis=1), "share": share_CE.max(axis=1), "uniform": uniform_C,
                         "load": np.full(size, load)})
     columns = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
     per_token = (record.experts_LTK >= 0).sum() / record.experts_LTK[..., 0].size
@@ -161,8 +164,9 @@ def _specialisation_of(record: RoutingRecord, kind: str, ids_T: np.ndarray, leas
         share_RC = np.divide(counts_RCE.max(axis=-1), total_RC, out=np.full(total_RC.shape, np.nan), where=total_RC > 0)
         return per_token * np.nanmean(share_RC, axis=-1)
 
-    return columns, headline(f"vocabulary specialisation, {kind}: share of the favourite expert, mean over {size} ids and layers",
-                             columns["share"].mean(), dealt_anew(record, code_T, size, False, statistic), record, codes, size * experts, statistic)
+    name = f"vocabulary specialisation, {kind}: share of the favourite expert, mean over {size} ids and layers"
+    reference = dealt_anew(record, code_T, size, False, statistic)
+    return columns, headline(name, columns["share"].mean(), reference, record, codes, size * experts, statistic)
 
 
 def draw_vocabulary_specialisation(table: Table) -> Any:
