@@ -16,7 +16,7 @@ _BLOCKS = 128  # of documents, which are resampled
 
 
 def coactivation(records: Sequence[RoutingRecord]) -> Table:
-    """Co-activation of experts i and j of a layer (OLMoE, equation 7): N_ij / N_i, of the tokens that choose i the share that
+    """Co-activation of experts i and j of a layer (OLMoE): N_ij / N_i, of the tokens that choose i the share that
     choose j too. All pairs of a token's experts are counted; OLMoE's own code counts pairs that are adjacent in rank only.
 
     Returns:

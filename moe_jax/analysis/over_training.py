@@ -20,7 +20,7 @@ MOST_IDS, LEAST_OCCURRENCES = 4, 128
 
 
 def saturation(records: Sequence[RoutingRecord]) -> Table:
-    """Router saturation (OLMoE, equation 6): |E_t ∩ E_T| / k, the share of a token's experts at the last step T that were
+    """Router saturation (OLMoE): |E_t ∩ E_T| / k, the share of a token's experts at the last step T that were
     already among its experts at step t, mean over tokens; k the number of experts that the token has at T.
 
     Returns:

@@ -122,7 +122,7 @@ def draw_drops_by_source(table: Table) -> Any:
 
 
 def drops_by_turn(records: Sequence[RoutingRecord]) -> Table:
-    """Drop ratio of conversations of a single turn, and of the turns 1, 2, … of those that have several (OpenMoE, section 4:
+    """Drop ratio of conversations of a single turn, and of the turns 1, 2, … of those that have several (OpenMoE:
     the later turns of a conversation lie where buffers are full).
 
     Returns:

@@ -71,7 +71,7 @@ def _indices(shape: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def domain_specialisation(records: Sequence[RoutingRecord]) -> Table:
-    """Domain specialisation of expert i on domain D (OLMoE, equation 8): N_{i,D} / N_D, the share of the domain's tokens for
+    """Domain specialisation of expert i on domain D (OLMoE): N_{i,D} / N_D, the share of the domain's tokens for
     which i is among the chosen; k/E if routing were uniform. Counts choices whether or not they found a place.
 
     Returns:
@@ -124,7 +124,7 @@ def draw_domain_specialisation(table: Table) -> Any:
 
 
 def routing_by_turn(records: Sequence[RoutingRecord]) -> Table:
-    """Routing of conversations of a single turn, and of the turns 1, 2, … of those that have several (OpenMoE, section 4).
+    """Routing of conversations of a single turn, and of the turns 1, 2, … of those that have several (OpenMoE: multi-turn conversations).
 
     `distance` is the total variation distance of a group's routing ratio (over dispatched choices) from that of all groups
     together; `uniform_distance` what uniform routing of so many choices would show: the mean of E normal deviations,

@@ -1,4 +1,4 @@
-"""Are kinds of token – punctuation, digits, keywords – sent to few experts? The entropy of ST-MoE's section 7."""
+"""Are kinds of token – punctuation, digits, keywords – sent to few experts? The entropy of ST-MoE."""
 
 import keyword
 import math
@@ -64,7 +64,7 @@ def class_codes(record: RoutingRecord) -> tuple[np.ndarray, list[str]]:
 
 
 def token_classes(records: Sequence[RoutingRecord]) -> Table:
-    """Entropy of a token class's routing in each layer (ST-MoE, section 7): H = -Σ_e r_e ln r_e in nats, r_e the share of the
+    """Entropy of a token class's routing in each layer (ST-MoE): H = -Σ_e r_e ln r_e in nats, r_e the share of the
     class's dispatched choices that goes to expert e. ln E if the class goes everywhere alike, 0 if to one expert. ST-MoE looks
     at sentinel tokens; here the classes are those of :func:`class_of`.
 

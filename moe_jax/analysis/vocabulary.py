@@ -1,6 +1,5 @@
 """Do token ids have experts of their own? OpenMoE's figure 10 and tables 9 and 15, OLMoE's vocabulary specialisation."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,7 +104,7 @@ def draw_top_tokens(table: Table) -> Any:
 
 
 def vocabulary_specialisation(records: Sequence[RoutingRecord], least: int = LEAST_OCCURRENCES) -> Table:
-    """Vocabulary specialisation of expert i on token id x (OLMoE, equation 9): N_{x,i} / N_x, the share of the occurrences of
+    """Vocabulary specialisation of expert i on token id x (OLMoE): N_{x,i} / N_x, the share of the occurrences of
     x for which i is among the chosen experts; x is the input id, the ground-truth or the predicted next id. Ids with fewer
     than `least` occurrences are left out. A layer's score is the mean over ids of the largest share of any expert.
 
