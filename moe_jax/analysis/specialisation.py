@@ -162,7 +162,7 @@ def turn_codes(record: RoutingRecord) -> tuple[np.ndarray, list[str]]:
     """
     turns_T = record.turns_T
     if not (turns_T > 0).any():
-        raise MissingArray("The record holds no turns; record conversations (documents with turns, docs/data.md)")
+        raise MissingArray("The record holds no turns; record conversations (docs/analysis.md tells how)")
     number_T = np.unique(record.documents_T, return_inverse=True)[1]
     last_D = np.zeros(number_T.max() + 1, int)
     np.maximum.at(last_D, number_T, turns_T)
