@@ -90,8 +90,9 @@ def _show(sweep: Sweep, places: Places, request: Request) -> list[str]:
     """Prints the tables; writes README and figure, except at scale smoke. Returns what is wrong with the results."""
     from rich.console import Console
     seeds = _seeds(sweep, request)
-    results = {arm: {seed: result for seed in seeds if (result := finished(sweep, places.results, Key(arm, request.scale, seed)))}
-               for arm in sweep.arms}
+    keys = {arm: [Key(arm, request.scale, seed) for seed in seeds] for arm in sweep.arms}
+    results = {arm: {key.seed: result for key in each if (result := finished(sweep, places.results, key))}
+               for arm, each in keys.items()}
     found = {arm: {seed: result["metrics"] for seed, result in each.items()} for arm, each in results.items()}
     comparisons = compare(sweep, found)
     tables.show(sweep, request.scale, found, comparisons, Console(highlight=False))

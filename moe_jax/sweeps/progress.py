@@ -49,9 +49,8 @@ class Display:
         if name in self._tasks:
             self._bars.remove_task(self._tasks.pop(name))
         eta = self._eta(sum(self.done.values()))
-        text = f"{len(self.done)}/{len(self.steps)}  {name}"
-        self.console.print(f"{text}: failed: {error}" if error else f"{text}  after {duration(time.monotonic() - self.started)}, eta {eta}",
-                           markup=False)
+        said = f"failed: {error}" if error else f"after {duration(time.monotonic() - self.started)}, eta {eta}"
+        self.console.print(f"{len(self.done)}/{len(self.steps)}  {name}  {said}", markup=False)
 
     def _eta(self, steps: int) -> str:
         total = sum(self.steps.values())

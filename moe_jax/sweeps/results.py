@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_jax.config import Config
@@ -75,7 +75,8 @@ def finished(sweep: Sweep, folder: pathlib.Path, key: Key) -> dict[str, Any] | N
     return result if result is not None and result.get("identity") == identity(sweep, key) else None
 
 
-def metrics_of(sweep: Sweep, folder: pathlib.Path, scale: str, seeds: range | list[int]) -> dict[str, dict[int, dict[str, float]]]:
+def metrics_of(sweep: Sweep, folder: pathlib.Path, scale: str,
+               seeds: Iterable[int]) -> dict[str, dict[int, dict[str, float]]]:
     """Of all finished runs of a scale, by arm and seed."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for arm in sweep.arms:
