@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import re
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,8 +30,16 @@ def finished(corpus, tmp_path_factory):
     """A complete run of 8 steps with checkpoints at 4 and 8, analysed; copy it before changing it."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     assert run_here("train", *overrides(corpus, training__num_steps=8), f"--workdir={workdir}") == 0
-    assert run_here("analyze", f"--checkpoint={workdir}") == 0
+    with few_analyses():
+        assert run_here("analyze", f"--checkpoint={workdir}") == 0
     return workdir
+
+
+def few_analyses():
+    """Drawing all of them takes seconds."""
+    few = [analysis for analysis in ANALYSES if analysis.name in ("drops_by_position", "saturation", "routing_by_domain")]
+    real = routing_report.run_analyses
+    return mock.patch.object(routing_report, "run_analyses", lambda records, analyses, drops: real(records, few, drops))
 
 
 @pytest.fixture
@@ -48,14 +58,6 @@ def no_model(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("recorded again")
     monkeypatch.setattr(record_run, "record_routing", refuse)
-
-
-@pytest.fixture
-def few_analyses(monkeypatch):
-    """Drawing all of them takes seconds."""
-    few = [analysis for analysis in ANALYSES if analysis.name in ("drops_by_position", "saturation", "routing_by_domain")]
-    real = routing_report.run_analyses
-    monkeypatch.setattr(routing_report, "run_analyses", lambda records, analyses, drops: real(records, few, drops))
 
 
 def test_every_saved_step_is_recorded_on_the_same_tokens(finished):
@@ -94,14 +96,15 @@ def test_a_damaged_record_is_made_again_and_a_damaged_checkpoint_left_out(copied
         recorded(copied, step=4)
 
 
-def test_other_text_is_read_whole_with_its_domains_and_turns(moe_jax, copied, few_analyses, tmp_path):
+def test_other_text_is_read_whole_with_its_domains_and_turns(moe_jax, copied, tmp_path):
     texts = tmp_path / "chats"
     for domain in ("a", "b", "c"):
         texts.mkdir(exist_ok=True)
         lines = [json.dumps({"text": [f"{domain} {n}", f"more {n}"], "domain": domain}) for n in range(12)]
         (texts / f"{domain}.jsonl").write_text("\n".join(lines))
-    result = moe_jax("analyze", f"--checkpoint={copied}/checkpoints/step_0000000008", f"--data=files:{texts}", "--json",
-                     "--batches=0", f"--out={tmp_path / 'report'}")
+    with few_analyses():
+        result = moe_jax("analyze", f"--checkpoint={copied}/checkpoints/step_0000000008", f"--data=files:{texts}", "--json",
+                         "--batches=0", f"--out={tmp_path / 'report'}")
     assert result.code == 0, result.err
     found = json.loads(result.out)
     assert found["steps"] == [4, 8] and found["data"] == f"files:{texts}"
@@ -113,12 +116,21 @@ def test_other_text_is_read_whole_with_its_domains_and_turns(moe_jax, copied, fe
     assert record.num_tokens == sum(len(f"### User:\n{d} {n}\n\n### User:\nmore {n}\n") + 1 for d in "abc" for n in range(12))
 
 
-def test_a_record_is_analysed_without_a_model(moe_jax, finished, no_model, few_analyses, tmp_path):
+def test_a_record_is_analysed_without_a_model(moe_jax, finished, no_model, tmp_path):
     files = [f"--record={path}" for path in (finished / "routing").glob("record_*.npz")]
-    result = moe_jax("analyze", *files, f"--out={tmp_path / 'report'}")
+    with few_analyses():
+        result = moe_jax("analyze", *files, f"--out={tmp_path / 'report'}")
     assert result.code == 0 and "step 8" in result.out and (tmp_path / "report" / "saturation.csv").exists()
     with (tmp_path / "report" / "drops_by_position.csv").open() as file:
         assert len(file.readlines()) > 1
+
+
+@pytest.mark.slow
+def test_no_analysis_of_the_catalogue_fails_on_a_tiny_run(moe_jax, finished, no_model, tmp_path):
+    result = moe_jax("analyze", f"--workdir={finished}", f"--out={tmp_path / 'report'}")
+    assert result.code == 0, result.err
+    assert {"routing_by_turn", "drops_by_turn"} <= set(re.findall(r"not possible: (\w+):", result.out))
+    assert len(list((tmp_path / "report").glob("*.png"))) > len(ANALYSES) // 2
 
 
 @pytest.mark.parametrize("words, parts", [
