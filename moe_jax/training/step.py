@@ -103,16 +103,17 @@ def routing_losses(config: Config, statistics: MoEStatistics | None, total_token
     if statistics is None:
         return jnp.zeros(()), jnp.zeros(())
     balance = lambda s, total, *counts: balance_loss(s, config.moe, total, *counts)
-    return (_mean_over_layers(balance, statistics, total_tokens, global_counts),
-            _mean_over_layers(router_z_loss, statistics, total_tokens))
+    balance_L = _over_layers(balance, statistics, total_tokens, global_counts)
+    z_L = _over_layers(router_z_loss, statistics, total_tokens)
+    return jnp.mean(balance_L), jnp.mean(z_L)
 
 
-def _mean_over_layers(loss, statistics, total_tokens, global_counts=None):
-    """The mean of ``loss(statistics, total[, counts])`` over layers."""
+def _over_layers(loss, statistics, total_tokens, global_counts=None):
+    """``loss(statistics, total[, counts])`` of each layer, ``[L]``."""
     layers = (statistics.router,) if global_counts is None else (statistics.router, global_counts)
     if jnp.ndim(total_tokens) == 0:
-        return jnp.mean(jax.vmap(lambda s, *counts: loss(s, total_tokens, *counts))(*layers))
-    return jnp.mean(jax.vmap(lambda total, s, *counts: loss(s, total, *counts))(total_tokens, *layers))
+        return jax.vmap(lambda s, *counts: loss(s, total_tokens, *counts))(*layers)
+    return jax.vmap(lambda total, s, *counts: loss(s, total, *counts))(total_tokens, *layers)
 
 
 def extra_losses(config: Config, statistics: MoEStatistics | None, total_tokens: jax.Array,
@@ -121,7 +122,8 @@ def extra_losses(config: Config, statistics: MoEStatistics | None, total_tokens:
     if statistics is None:
         return {}
     loss = lambda name: lambda s, total, *counts: extra_loss(name, s, config.moe, total, *counts)
-    return {name: _mean_over_layers(loss(name), statistics, total_tokens, global_counts) for name in extra_weights(config.moe)}
+    return {name: jnp.mean(_over_layers(loss(name), statistics, total_tokens, global_counts))
+            for name in extra_weights(config.moe)}
 
 
 def _policy(config, vocab_size, statistics, ce_BS, weight_BS, mean_reward):
