@@ -34,7 +34,7 @@ SWEEP = Sweep(
         *(rises(cost, "moe", "moe-buffers-1.25", "moe-buffers-1", "moe-buffers-0.625") for cost in COSTS),
         *(rises(cost, "dropless", "dropless-buffers-1") for cost in COSTS),
         *(rises(cost, "dense", "moe-buffers-1") for cost in COSTS),
-        *(equal(cost, "dense", dropless, within=0.1) for cost in COSTS for dropless in ("moe", "dropless")),
+        *(equal(cost, "dense", dropless, within=0.03) for cost in COSTS for dropless in ("moe", "dropless")),
         falls("ce", "dense", "moe"),
     ),
     metrics=("ce", "answers/single", "answers/second", "answers/multi-turn", "answers/few-shot", "cost/multi-turn", "cost/few-shot",
