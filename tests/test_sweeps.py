@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -303,9 +304,14 @@ def test_an_interrupted_sweep_lets_its_runs_save_themselves(monkeypatch, tmp_pat
             pass
         _thread.interrupt_main()
 
+    # A process that was started in the background of a shell ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        pool.run(display)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(display)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "saved").exists()
     assert not pool.done and not pool.failed and all(worker.poll() is not None for worker in pool._workers)
 
