@@ -205,8 +205,9 @@ def test_json_lines_use_the_text_field_and_an_optional_domain(tmp_path):
         ('{"text": "unfinished', "not valid JSON"),
         ('["a list"]', "found list"),
         ('{"body": "x"}', r"keys \['body'\].*data.text_field"),
-        ('{"text": 3}', "must be strings"),
-        ('{"text": "x", "domain": 3}', "must be strings"),
+        ('{"text": 3}', "'text' must be a string or a list of turns"),
+        ('{"text": ["x", 3]}', "'text' must be a string or a list of turns"),
+        ('{"text": "x", "domain": 3}', '"domain" must be a string, not 3'),
     ],
 )
 def test_a_bad_json_line_names_file_line_and_reason(tmp_path, line, expected):

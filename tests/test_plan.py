@@ -514,7 +514,9 @@ def test_a_picture_that_cannot_be_written_is_one_line(moe_jax, tmp_path):
 
 
 def test_ctrl_c_ends_the_process_while_the_compiler_runs_and_python_hears_of_it_again_afterwards():
-    wait = "import time\nfrom moe_jax.planning.command import ended_at_once_by_ctrl_c\n" \
+    # A process that was started in the background of a shell ignores Ctrl-C, and so do its children.
+    wait = "import signal, time\nfrom moe_jax.planning.command import ended_at_once_by_ctrl_c\n" \
+           "signal.signal(signal.SIGINT, signal.default_int_handler)\n" \
            "def sleep():\n    print('waiting', flush=True)\n    time.sleep(60)\n"
     for code, ended in ((wait + "with ended_at_once_by_ctrl_c():\n    sleep()", -signal.SIGINT),
                         (wait + "with ended_at_once_by_ctrl_c():\n    pass\n"

@@ -358,11 +358,13 @@ def _json_line(line: str, where: str, text_field: str) -> tuple[str, str]:
     text, label = record[text_field], record.get("domain", "")
     if isinstance(text, list):
         text = conversation(text)
-    if not isinstance(text, str) or not isinstance(label, str):
+    if not isinstance(text, str):
         raise CorpusError(
             f'{where}: {text_field!r} must be a string or a list of turns (strings, or objects with "role" and "content" '
-            'or "from" and "value"), and "domain" a string'
+            'or "from" and "value")'
         )
+    if not isinstance(label, str):
+        raise CorpusError(f'{where}: "domain" must be a string, not {label!r}')
     return replace_surrogates(text), replace_surrogates(label)
 
 
