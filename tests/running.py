@@ -87,6 +87,7 @@ class Outcome:
 @contextlib.contextmanager
 def restored_process(devices: int):
     """JAX seems to have so many devices; the mesh and the environment are put back afterwards."""
+    jax.devices()  # a command that was the first to start JAX would leave the tests after it as many devices as it asked for
     entered, set_mesh, hook, absl = [], jax.set_mesh, sys.unraisablehook, logging.getLogger("absl").level
 
     def recorded(mesh):
