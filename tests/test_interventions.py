@@ -18,7 +18,7 @@ SHARED = dict(moe_num_experts=4, moe_num_shared_experts=1, moe_experts_per_token
 
 def trained(config):
     run = Run(config, pathlib.Path("nowhere"), tiny.ONE, None, tiny.VOCAB)
-    return TrainedModel("arm", 0, run, tiny.params(config), tiny.no_bias(config), 0, [], RoutingMode.evaluation(config))
+    return TrainedModel("arm", 0, run, config, tiny.params(config), tiny.no_bias(config), 0, [], RoutingMode.evaluation(config))
 
 
 def test_without_its_shared_expert_a_model_computes_what_it_does_when_that_expert_gives_nothing():
