@@ -1,5 +1,5 @@
 """What keeps routers stable: the z loss (ST-MoE, table 4), fp32 in the router (Switch, table 2), small initial weights
-(Switch, table 3). The learning rate is three times that of the other experiments: what is stable anyway shows nothing."""
+(Switch, table 3). The learning rate is 1.7 times that of the other experiments: what is stable anyway shows nothing."""
 
 from experiments.base import SCALES, get_config
 from moe_jax.sweeps import Sweep, equal, falls, reported, rises
