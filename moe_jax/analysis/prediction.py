@@ -272,7 +272,7 @@ def expert_prediction(records: Sequence[RoutingRecord]) -> Table:
         f"tested on {tested:,} tokens of the other half. Left: recall@{experts} by layer; right: recall when more "
         f"experts are fetched, mean over layers. Dashed: experts drawn at random, n/E. Beyond the {experts} that a "
         f"predictor lists, the most popular are fetched. Above the line of popularity routing depends on what the "
-        f"predictor knows; published systems reach 0.85 to 0.97 with the next layer's router.{lacking}"
+        f"predictor knows; for the next layer's router 0.67 (as ProMoE measures it) to 0.97 (Fate) are published.{lacking}"
     )
     return Table(dict(zip(columns, map(np.array, zip(*rows)))), caption, tuple(headlines), {"experts_per_token": experts})
 

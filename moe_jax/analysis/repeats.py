@@ -55,7 +55,7 @@ def repeated_choices(records: Sequence[RoutingRecord]) -> Table:
         f"with any chosen expert in common (right). Dashed: random, {100 / record.num_experts:.3g} % and "
         f"{100 * random:.3g} %; dotted: independent choices with the measured load. Well above them means that text "
         "stays with its experts from token to token (good for caching, bad for expert parallelism). Mixtral finds "
-        "about 13 % in its first layer and 20 to 28 % in later ones, of 12.5 %.")
+        "about 14 % in its first layer and 20 to 28 % in later ones, where 12.5 % are random.")
     return Table(columns, caption, tuple(headlines))
 
 

@@ -190,4 +190,4 @@ def drop_note(record: RoutingRecord) -> str:
     if lost < 0.01:
         return ""
     return (f" {100 * lost:.2g} % of the choices found no place and are left out here, most of them those of popular "
-            f"experts late in the row; record with moe.dispatch=dropless to see the router's choices alone.")
+            f"experts late in the row; record with --dispatch=dropless to see the router's choices alone.")
