@@ -162,8 +162,7 @@ def _with_mean(measure: Callable, counts_LE: np.ndarray, sums_DLE: np.ndarray | 
 
 def _headline(name: str, interval: Interval, reference: float | None) -> Headline:
     """The last entry of the interval."""
-    ends = [float(end[-1]) if np.isfinite(end[-1]) else None for end in (interval.low, interval.high)]
-    return Headline(name, float(interval.value[-1]), reference, *ends)
+    return Headline(name, float(interval.value[-1]), reference, float(interval.low[-1]), float(interval.high[-1]))
 
 
 def _columns(names: str, rows: list[tuple]) -> dict[str, np.ndarray]:

@@ -105,12 +105,8 @@ def _headline(name: str, partners: int, sums_BPEE: np.ndarray, unlinked_1PEE: np
         pairs_RPEE = sums_RPEE * ~np.eye(sums_RPEE.shape[-1], dtype=bool) if within else sums_RPEE
         return partners * np.nanmean(ratios(pairs_RPEE).max(axis=-1), axis=(1, 2))
 
-    interval = bootstrap(sums_BPEE, closest, samples=100)
-    value, reference = float(interval.value), float(closest(unlinked_1PEE)[0])
-    margin = float(interval.high - interval.low) / 2  # around the value: resampling raises a maximum
-    if np.isnan(margin):
-        return Headline(name, value, reference)
-    return Headline(name, value, reference, value - margin, value + margin)
+    interval = bootstrap(sums_BPEE, closest, samples=100, centred=True)
+    return Headline(name, float(interval.value), float(closest(unlinked_1PEE)[0]), float(interval.low), float(interval.high))
 
 
 def draw_coactivation(table: Table) -> Any:

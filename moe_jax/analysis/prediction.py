@@ -300,6 +300,6 @@ def token_overlap(records: Sequence[RoutingRecord]) -> Table:
         f"{rows[0][4]:.3g}. Dotted: independent choices with the loads that the experts have. Above both, neighbours "
         f"go to the same experts, and a cache of experts pays."
     )
-    ends = [float(end[-1]) if np.isfinite(end[-1]) else None for end in (mean.low, mean.high)]
-    name = "experts that consecutive tokens share, mean over layers"
-    return Table(table, caption, (Headline(name, float(mean.value[-1]), rows[0][4], *ends),))
+    top = Headline("experts that consecutive tokens share, mean over layers", float(mean.value[-1]), rows[0][4],
+                   float(mean.low[-1]), float(mean.high[-1]))
+    return Table(table, caption, (top,))

@@ -139,8 +139,7 @@ def headline(name: str, value: float, reference: float | None, record: RoutingRe
     if record.documents_T is None:
         return Headline(name, float(value), reference)
     found_R = np.mean([resample_counts(record.documents_T, code_T, size, statistic) for code_T in codes], axis=0)
-    low, high = interval_around(float(value), found_R)
-    return Headline(name, float(value), reference, *((None, None) if np.isnan(low) else (low, high)))
+    return Headline(name, float(value), reference, *map(float, interval_around(value, found_R)))
 
 
 def dealt_anew(record: RoutingRecord, code_T: np.ndarray, size: int, dispatched: bool,
