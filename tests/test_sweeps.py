@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from experiments.base import SCALES, get_config
-from moe_jax.errors import UserError
 from moe_jax.sweeps import Continue, Evaluate, Scale, Sweep, Upcycle, equal, falls, jobs, minus, reported, rises, runner
 from moe_jax.sweeps.command import _seeds, Request
 from moe_jax.sweeps.definition import Order, SweepError, label, load_sweep

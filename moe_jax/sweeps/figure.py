@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_jax.analysis.report_figures import ACCENT, EVALUATION, MUTED, WIDTH, panel_title, plain, style_axis
 from moe_jax.sweeps.definition import Sweep
-from moe_jax.sweeps.statistics import DOES_NOT_HOLD, HOLDS, Comparison, Metrics
+from moe_jax.sweeps.statistics import DOES_NOT_HOLD, HOLDS, Comparison
 
 _COLOURS = {HOLDS: ACCENT, DOES_NOT_HOLD: EVALUATION}
 _UNITS = {"ce": "cross-entropy, nats per token", "bits_per_byte": "bits per byte", "load_max": "busiest expert's load / mean load",
