@@ -60,6 +60,7 @@ def measure(config, passes: int, batches: int) -> dict:
         state = new_state(config, run.vocab_size, run.mesh)
         params, bias_LE = state["params"], state["router_bias_LE"]
         read = list(run.validation_batches(batches))
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         mode = RoutingMode.evaluation(config, record=True)
         evaluator = Evaluator(config, run.vocab_size, run.data.vocabulary.bytes_per_token_V, run.data.domains, run.mesh)
         kinds = {"evaluation": lambda: evaluator.sums(params, bias_LE, read, mode),
@@ -82,7 +83,7 @@ def measure(config, passes: int, batches: int) -> dict:
             "ratio_with_file": (median["recording"] + written) / median["evaluation"],
             "evaluation_seconds": median["evaluation"], "recording_seconds": median["recording"], "write_seconds": written,
             "bytes_per_token": size / result.num_tokens, "tokens": result.num_tokens, "passes": passes,
-            "dispatch": mode.dispatch, "mesh": dict(run.mesh.shape), "load_average": os.getloadavg()[0], **versions()}
+            "dispatch": mode.dispatch, "mesh": dict(run.mesh.shape), "load_average_before": load, **versions()}
 
 
 if __name__ == "__main__":
