@@ -73,7 +73,7 @@ def _draw_runs(axis: Any, metric: str, results: Results, colours: Mapping[str, A
         axis.plot(each, [place] * len(each), "o", color=colours[arm], markersize=4.5, markeredgewidth=0)
         axis.plot([np.mean(each)], [place], "|", color=colours[arm], markersize=14, markeredgewidth=2)
     axis.set_yticks(range(len(values)), [plain(textwrap.fill(arm, _NAME, break_long_words=False)) for arm in values], fontsize=8)
-    axis.set_ylim(len(values) - 0.5, -0.5)
+    axis.set_ylim(max(len(values), 1) - 0.5, -0.5)
     axis.margins(x=0.05)
     axis.set_xlabel(_UNITS.get(metric, metric))
     panel_title(axis, "a dot per seed, a bar for the mean")
