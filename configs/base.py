@@ -27,9 +27,13 @@ def get_config() -> ConfigDict:
     model.scaled_attention = True     # scores are divided by sqrt(head_dim); False (T5, OpenMoE): the query matrix
                                       # starts smaller by that factor instead
     model.tie_embedding = False       # use the embedding table as output layer (logits are scaled by 1/sqrt(D))
+    model.scaled_tied_logits = True   # with tie_embedding: False leaves the 1/sqrt(D) out
+    model.embedding_scale = False     # embeddings times sqrt(D), as they enter the first layer (NLLB)
     model.vocab_size = 0              # rows of the table; 0 = the vocabulary's size rounded up to a multiple of 64
     model.rope_theta = 10_000.0       # base of the rotary position frequencies
-    model.norm_epsilon = 1e-6         # inside the square root of RMSNorm
+    model.norm = "rms"                # rms (scale only), or layer (mean taken off, scale and bias: NLLB)
+    model.norm_epsilon = 1e-6         # inside the square root of the norms
+    model.mlp_bias = False            # biases in the dense feed-forward layers
     model.init_scale = 1.0            # kernels: truncated normal with variance init_scale / fan_in (Switch §2.4: 0.1)
     model.embedding_init = 1.0        # standard deviation of the embedding table
     model.dtype = "float32"           # compute: float32 or bfloat16; parameters and routing are always float32
@@ -38,6 +42,45 @@ def get_config() -> ConfigDict:
                                       # draws other initial values and gives other paths in checkpoints
     model.mtp_depth = 0               # multi-token prediction (DeepSeek-V3: 1): so many further tokens are predicted, each by
                                       # a block of its own, in training only
+    model.encoder_layers = 0          # above 0: an encoder–decoder; num_layers are then the decoder's
+    model.architecture = "transformer"  # transformer, or lstm (Shazeer 2017)
+
+    config.attention = attention = ConfigDict()
+    attention.kind = "heads"          # heads, or latent: keys and values from one small vector per token (DeepSeek-V2, V3)
+    attention.layers = "full"         # what each layer sees, repeated over the layers: full, sliding, chunked, separated by
+                                      # commas; with ":nope" without rotary positions. "sliding,full" (GPT-OSS),
+                                      # "chunked,chunked,chunked,full:nope" (Llama-4): docs/conventions.md
+    attention.window = 0              # tokens that a query of a sliding layer sees, itself included
+    attention.chunk = 0               # chunked layers see their own so many positions of the text, counted from 0
+    attention.bias = "none"           # none, qkv (Qwen2), all: also of the output (GPT-OSS)
+    attention.sinks = False           # a learned logit per head takes part in the softmax and has no value (GPT-OSS)
+    attention.clip_qkv = 0.0          # queries, keys and values are cut to ±this, after qk_norm; 0 = off (OLMoE)
+    attention.qk_norm = "none"        # RMSNorm of queries and keys: head (each alone: Qwen3), all_heads (together: OLMoE),
+                                      # unscaled (each alone, after rotation, without weights: Llama-4)
+    attention.positions = "rotary"    # rotary, relative (T5), sinusoidal (added to the embeddings: NLLB), none
+    attention.rope_pairs = "half"     # dimension i is paired with i + d/2, or interleaved: with its neighbour (Llama-4,
+                                      # DeepSeek-V2, V3)
+    attention.rope_scaling = "none"   # of the rotary frequencies, for longer texts: llama3, yarn (GPT-OSS, DeepSeek)
+    attention.rope_factor = 1.0       # … how many times longer
+    attention.rope_original_length = 0  # … than this many tokens
+    attention.rope_low_factor = 1.0   # llama3: waves longer than rope_original_length / this are stretched whole
+    attention.rope_high_factor = 4.0  # … shorter than rope_original_length / this not at all
+    attention.rope_beta_fast = 32.0   # yarn: dimensions with more turns than this in the original length stay as they are
+    attention.rope_beta_slow = 1.0    # … with fewer than this are stretched whole
+    attention.rope_truncate = True    # … both bounds go to whole dimensions (GPT-OSS: False)
+    attention.rope_mscale = 0.0       # … and sine and cosine are multiplied by m(rope_mscale) / m(rope_mscale_all_dim) with
+                                      # m(x) = 0.1 x ln(rope_factor) + 1, if both are above 0, else by m(1) (DeepSeek)
+    attention.rope_mscale_all_dim = 0.0  # … kind="latent" also multiplies its scores by m(rope_mscale_all_dim)²
+    attention.rope_attention_factor = 0.0  # … or by this; 0 = by that formula
+    attention.temperature_scale = 0.0  # ":nope" layers: queries times 1 + this · ln(1 + floor((position + 1) /
+                                      # temperature_floor)) (Llama-4: 0.1)
+    attention.temperature_floor = 8192  # tokens
+    attention.query_rank = 0          # latent: queries too come from a vector so wide; 0 = straight from the stream
+    attention.latent_rank = 0         # … width of the latent that is cached (DeepSeek-V3: 512)
+    attention.rope_dim = 0            # … width of the rotary part of model.head_dim, whose key all heads share (64)
+    attention.value_dim = 0           # … width of a head's value (128)
+    attention.relative_buckets = 32   # positions="relative": learned biases per head
+    attention.relative_distance = 128  # … the last bucket holds everything so far away, and further
 
     config.moe = moe = ConfigDict()
     moe.num_experts = 8               # E; 0 = dense model, everything else in this section is then unused
@@ -46,10 +89,16 @@ def get_config() -> ConfigDict:
     moe.first = -1                    # which one of each period: 0 … every-1; -1 = the last (OpenMoE)
     moe.first_dense_layers = 0        # the first so many layers are dense all the same (DeepSeekMoE-16B: 1, DeepSeek-V3: 3);
                                       # their width, as that of every dense layer, is model.d_ff
+    moe.layers = ""                   # instead of the last three: the MoE layers one by one, '1,3,5' (from 0)
+    moe.encoder_layers = ""           # the same of the encoder (model.encoder_layers); '' = by every, first, first_dense_layers
     moe.d_ff = 512                    # hidden width of one expert (F)
     moe.activation = "swiglu"         # of the experts, as model.activation
+    moe.activation_limit = 7.0        # swiglu_clamped cuts gates above this, and the linear branch on both sides (GPT-OSS)
+    moe.activation_alpha = 1.702      # … and its sigmoid is that of so many times the gate
     moe.expert_bias = False           # every expert adds a bias to both of its products (V-MoE, GPT-OSS)
     moe.num_shared_experts = 0        # experts that every token passes, beside the routed ones (DeepSeekMoE)
+    moe.shared_d_ff = 0               # hidden width of each of them; 0 = d_ff (Qwen2-MoE's is wider)
+    moe.shared_gate = False           # their output times sigmoid(w·x) with a learned w (Qwen2-MoE)
     moe.residual_ffn = "none"         # one more dense FFN (model.d_ff) in MoE layers: parallel to the experts (OpenMoE's
                                       # paper), or sequential: after them, with a norm of its own (its code, ST-MoE)
     moe.num_identity_experts = 0      # zero-computation experts, chosen like the others, beside num_experts: gate · x
@@ -80,7 +129,9 @@ def get_config() -> ConfigDict:
     moe.fill_order = "token_major"    # who gets a buffer slot first: token_major (causal), choice_major (GShard,
                                       # Switch, OpenMoE), batch_prioritized (V-MoE); the last two look ahead
     moe.priority = "max"              # batch_prioritized sorts by the highest, or the sum, of a token's K scores
-    moe.router_init = 0.02            # standard deviation of the router's weights
+    moe.router_init = 0.02            # standard deviation of the router's weights, and of the shared expert's gate
+    moe.router_bias = False           # a learned number per expert is added to its logit (GPT-OSS); bias_update_rate is another
+                                      # one, which chooses only
     moe.router_dtype = "float32"      # bfloat16 rounds the router's input, weights and logits, whatever model.dtype is; only
                                       # to see what that does (Switch §2.4, ST-MoE §3.4)
     moe.router_jitter = 0.0           # training noise: router input times U(1-x, 1+x) (Switch: 0.01)

@@ -89,8 +89,10 @@ def _sharded_dimensions(config: Config) -> list[tuple[str, int, str]]:
                       (f"moe.expert_widths={moe.expert_widths!r}: width", width, "tensor")]
     else:
         found.append(("moe.expert_copies" if moe.expert_copies else "moe.num_experts", moe.num_copies, "expert"))
-    if not moe.expert_widths or moe.num_shared_experts:
+    if not moe.expert_widths or moe.num_shared_experts and not moe.shared_d_ff:
         found.append(("moe.d_ff", moe.d_ff, "tensor"))
+    if moe.shared_d_ff:
+        found.append(("moe.shared_d_ff", moe.shared_d_ff, "tensor"))
     return found
 
 
@@ -298,7 +300,7 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[slice]:
 
 # Small parameters every device needs whole.
 REPLICATED_PARAMETERS = ("w_router_DE", "w_router_noise_DE", "w_router_group_DX", "w_router_group_noise_DX", "w_constant_DJA",
-                         "constant_JD", "w_value_D", "b_value", "scale_D", "copies_EJ")
+                         "constant_JD", "w_value_D", "b_value", "scale_D", "copies_EJ", "b_router_E", "w_shared_gate_D")
 
 
 def parameter_spec(name: str, dimensions: int) -> P:

@@ -51,7 +51,7 @@ def refusal(config):
     ({"modle": {}}, ["modle:", "Did you mean model or"]),
     ({"num_experts": 4}, ["num_experts:", "Did you mean moe.num_experts"]),  # right name, no section
     ({"model": {"num_experts": 4}}, ["model.num_experts:", "Did you mean moe.num_experts"]),  # wrong section
-    ({"zzz": {}}, ["zzz:", "Sections are model, moe, data, mesh, optimizer, training"]),
+    ({"zzz": {}}, ["zzz:", "Sections are model, attention, moe, data, mesh, optimizer, training"]),
     ({"moe": 8}, ["moe=8", "is a section", "moe.num_experts"]),
 ])
 def test_an_unknown_key_is_refused_with_the_nearest_name(config, words):

@@ -15,10 +15,16 @@ class MoEConfig:
     every: int = 2
     first: int = -1
     first_dense_layers: int = 0
+    layers: str = ""
+    encoder_layers: str = ""
     d_ff: int = 512
     activation: str = "swiglu"
+    activation_limit: float = 7.0
+    activation_alpha: float = 1.702
     expert_bias: bool = False
     num_shared_experts: int = 0
+    shared_d_ff: int = 0
+    shared_gate: bool = False
     residual_ffn: str = "none"
     num_identity_experts: int = 0
     num_zero_experts: int = 0
@@ -41,6 +47,7 @@ class MoEConfig:
     fill_order: str = "token_major"
     priority: str = "max"
     router_init: float = 0.02
+    router_bias: bool = False
     router_dtype: str = "float32"
     router_jitter: float = 0.0
     router_noise: float = 0.0
@@ -95,7 +102,7 @@ class MoEConfig:
         at_least("moe", self, 0, "num_experts", "num_shared_experts", "router_jitter", "router_noise", "balance_weight",
                  "importance_weight", "load_weight", "device_weight", "communication_weight", "router_z_weight",
                  "bias_update_rate", "group_size", "groups_per_token", "num_identity_experts", "num_zero_experts",
-                 "num_constant_experts", "device_capacity_factor", "undropped_sequences", "first_dense_layers")
+                 "num_constant_experts", "device_capacity_factor", "undropped_sequences", "first_dense_layers", "shared_d_ff")
         at_least("moe", self, 1, "experts_per_token", "every", "d_ff", "min_capacity", "num_groups", "capacity_multiple",
                  "exchange_chunks")
         at_least("moe", self, -1, "first")
@@ -123,7 +130,7 @@ class MoEConfig:
         require(0 <= self.policy_baseline_decay < 1, "moe.policy_baseline_decay", self.policy_baseline_decay,
                 "must be at least 0 and below 1.")
         for field in ("capacity_factor", "eval_capacity_factor", "router_init", "route_scale", "second_threshold",
-                      "zero_expert_weight", "row_exchange_factor"):
+                      "zero_expert_weight", "row_exchange_factor", "activation_limit", "activation_alpha"):
             require(getattr(self, field) > 0, f"moe.{field}", getattr(self, field), "must be above 0.")
         require(self.router_jitter < 1, "moe.router_jitter", self.router_jitter, "must be below 1.")
         for field in ("bias_update", "bias_centered"):
@@ -141,6 +148,7 @@ class MoEConfig:
                 f"a token cannot choose more than moe.num_experts={self.num_experts} experts"
                 + (f" and {self.num_zero_computation} without computation." if self.num_zero_computation else "."))
         self._check_kinds_of_experts()
+        self._check_layers()
         require(self.balance_scope != "document" or self.padding == "nowhere", "moe.padding", self.padding,
                 "counts padding, which belongs to no document; set it to 'nowhere', or moe.balance_scope='sequence'.")
         require(self.undropped_sequences <= 1, "moe.undropped_sequences", self.undropped_sequences, "must be at most 1.")
@@ -164,8 +172,25 @@ class MoEConfig:
                 f"counts within a period of moe.every={self.every} layers; legal: -1 (the last of each period) to "
                 f"{self.every - 1}.")
 
+    def _check_layers(self):
+        self.explicit_layers("encoder_layers")
+        if self.explicit_layers("layers") is None:
+            return
+        for field in ("every", "first", "first_dense_layers"):
+            value, default = getattr(self, field), getattr(MoEConfig, field)
+            require(value == default, f"moe.{field}", value, f"has no effect beside moe.layers={self.layers!r}, which names "
+                    f"the MoE layers one by one; set it to {default!r}, or moe.layers=''.")
+
     def _check_kinds_of_experts(self):
         widths = self.width_classes
+        for field in ("activation_limit", "activation_alpha"):
+            value, default = getattr(self, field), getattr(MoEConfig, field)
+            require(value == default or self.activation == "swiglu_clamped", f"moe.{field}", value,
+                    f"is read by moe.activation='swiglu_clamped' only, not by {self.activation!r}; set it to {default!r}.")
+        for field in ("shared_d_ff", "shared_gate"):
+            value, default = getattr(self, field), getattr(MoEConfig, field)
+            require(value == default or self.num_shared_experts > 0, f"moe.{field}", value,
+                    f"has no effect without moe.num_shared_experts above 0; set that, or moe.{field}={default!r}.")
         if self.expert_widths:
             count = sum(count for _, count in widths)
             require(count == self.num_experts, "moe.expert_widths", self.expert_widths,
@@ -199,6 +224,26 @@ class MoEConfig:
     def num_routed_experts(self) -> int:
         """E, what the router scores: ``num_experts`` feed-forward networks, then identity, zero and constant experts."""
         return self.num_experts + self.num_zero_computation
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of the shared experts, which are one network, together."""
+        return self.num_shared_experts * (self.shared_d_ff or self.d_ff)
+
+    def explicit_layers(self, field: str) -> tuple[int, ...] | None:
+        """The layers that ``layers`` or ``encoder_layers`` names, ascending; None where it leaves them to ``every`` and
+        ``first``.
+
+        Raises:
+          ConfigError: it is no list of different numbers.
+        """
+        text = getattr(self, field)
+        if not text:
+            return None
+        words = [word.strip() for word in text.split(",")]
+        require(all(word.isdecimal() for word in words) and len({int(word) for word in words}) == len(words), f"moe.{field}",
+                text, "wanted are the indices of different layers, from 0, separated by commas: '1,3,5'.")
+        return tuple(sorted(int(word) for word in words))
 
     @property
     def num_copies(self) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from moe_jax.config.attention import AttentionConfig, LayerAttention
 from moe_jax.config.checks import choice, nearest_divisors, nearest_multiples, require
 from moe_jax.config.moe import MoEConfig
 from moe_jax.config.sections import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -13,6 +14,8 @@ class Config:
     """One run. The sections are independent; what must fit together is checked here."""
 
     model: ModelConfig = ModelConfig()
+    # By keyword only, so that sections keep the places they had before there was this one.
+    attention: AttentionConfig = dataclasses.field(default=AttentionConfig(), kw_only=True)
     moe: MoEConfig = MoEConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
@@ -28,12 +31,10 @@ class Config:
                     self.optimizer.warmup_steps,
                     f"exceeds training.num_steps={self.training.num_steps}; the run would end inside its warm-up.")
         self._check_objective()
+        self._check_attention()
         if self.moe.is_dense:
             return
-        require(self.model.num_layers > self.moe_offset, "moe.every", self.moe.every,
-                f"gives no MoE layer among model.num_layers={self.model.num_layers}; set moe.every to at most "
-                f"{self.model.num_layers}, or moe.num_experts=0 for a dense model.")
-        self._check_first_dense_layers()
+        self._check_layers()
         require(self.model.attention != "splash" or self.moe.padding == "nowhere", "model.attention", self.model.attention,
                 f"sees padding otherwise than the plain one, and moe.padding={self.moe.padding!r} makes that matter; set it "
                 f"to 'auto' or 'plain', or moe.padding='nowhere'.")
@@ -67,6 +68,36 @@ class Config:
         require(self.model.mtp_depth < self.data.sequence_length, "model.mtp_depth", self.model.mtp_depth,
                 f"looks so many tokens further, which must be fewer than data.sequence_length={self.data.sequence_length}.")
 
+    def _check_attention(self):
+        model, attention = self.model, self.attention
+        entries = len(attention.pattern)
+        require(entries <= model.num_layers, "attention.layers", attention.layers,
+                f"names {entries} layers, but model.num_layers={model.num_layers}; leave out what no layer takes.")
+        require(model.rope_theta == ModelConfig.rope_theta or attention.positions == "rotary", "model.rope_theta",
+                model.rope_theta, f"has no effect with attention.positions={attention.positions!r}; set it to "
+                f"{ModelConfig.rope_theta}.")
+        limited = any(layer.span != "full" for layer in attention.pattern)
+        require(self.data.prefix_attention == "causal" or not limited, "attention.layers", attention.layers,
+                "sliding and chunked layers look back only, but data.prefix_attention='bidirectional'; set it to 'full', or "
+                "data.prefix_attention='causal'.")
+        require(not model.mlp_bias or self._has_dense_networks, "model.mlp_bias", model.mlp_bias,
+                "has no effect: every layer's network is a mixture (whose biases are moe.expert_bias); set it to False.")
+        if attention.kind == "heads":
+            require(model.head_dim % 2 == 0 or attention.positions != "rotary", "model.head_dim", model.head_dim,
+                    f"must be even (rotary embedding pairs dimensions); nearest legal values: "
+                    f"{nearest_multiples(model.head_dim, 2)}.")
+            return
+        require(model.num_kv_heads == model.num_heads, "model.num_kv_heads", model.num_kv_heads,
+                f"has no effect with attention.kind='latent', where heads share one latent; set it to model.num_heads="
+                f"{model.num_heads}.")
+        require(attention.rope_dim < model.head_dim, "attention.rope_dim", attention.rope_dim,
+                f"is part of model.head_dim={model.head_dim}, the rest of which is not rotated; set it below that.")
+
+    @property
+    def _has_dense_networks(self) -> bool:
+        """Whether a layer has a dense feed-forward network, alone or beside its experts."""
+        return self.moe.residual_ffn != "none" or len(self.moe_layers) < self.model.num_layers or self.model.encoder_layers > 0
+
     def _check_exchange(self):
         # Imported here as above.
         from moe_jax.routing import ROUTERS
@@ -84,6 +115,18 @@ class Config:
         require(ROUTERS[moe.router].fixed_choices, "mesh.expert_nodes", nodes,
                 f"a token takes its choices along, of which moe.router={moe.router!r} makes any number; set it to 1, or a "
                 f"router in which tokens choose.")
+
+    def _check_layers(self):
+        moe, explicit = self.moe, self.moe.explicit_layers("layers")
+        if explicit is not None:
+            require(explicit[-1] < self.model.num_layers, "moe.layers", moe.layers,
+                    f"names layer {explicit[-1]}, but model.num_layers={self.model.num_layers}; the last is "
+                    f"{self.model.num_layers - 1}.")
+            return
+        require(self.model.num_layers > self.moe_offset, "moe.every", moe.every,
+                f"gives no MoE layer among model.num_layers={self.model.num_layers}; set moe.every to at most "
+                f"{self.model.num_layers}, or moe.num_experts=0 for a dense model.")
+        self._check_first_dense_layers()
 
     def _check_first_dense_layers(self):
         moe, leading = self.moe, self.moe.first_dense_layers
@@ -124,6 +167,11 @@ class Config:
         return moe.groups_per_token * nodes // moe.num_groups if nodes % moe.num_groups == 0 else 0
 
     @property
+    def attention_layers(self) -> tuple[LayerAttention, ...]:
+        """What the attention of each of the model's layers sees."""
+        return self.attention.of_layers(self.model.num_layers)
+
+    @property
     def moe_offset(self) -> int:
         """Index of an MoE layer in each period of ``moe.every`` layers."""
         return self.moe.first % self.moe.every
@@ -133,8 +181,11 @@ class Config:
         """Indices of the MoE layers, ascending; empty for a dense model."""
         if self.moe.is_dense:
             return ()
-        return tuple(i for i in range(self.moe.first_dense_layers, self.model.num_layers)
-                     if i % self.moe.every == self.moe_offset)
+        explicit = self.moe.explicit_layers("layers")
+        return explicit if explicit is not None else self._periodic_layers(self.model.num_layers)
+
+    def _periodic_layers(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(i for i in range(self.moe.first_dense_layers, num_layers) if i % self.moe.every == self.moe_offset)
 
     @property
     def trained_moe_layers(self) -> tuple[int, ...]:

@@ -139,6 +139,8 @@ class MoELayer(nnx.Module):
         router = ROUTERS[moe.router]
         if router.learned:
             self.w_router_DE = normal(rngs, (model.d_model, moe.num_routed_experts), moe.router_init)
+        if moe.router_bias:
+            self.b_router_E = nnx.Param(jnp.zeros(moe.num_routed_experts))
         if router.learned_noise:
             # Shazeer et al. 2017 §A
             self.w_router_noise_DE = nnx.Param(jnp.zeros((model.d_model, moe.num_routed_experts)))
@@ -148,7 +150,8 @@ class MoELayer(nnx.Module):
         self.learns_baseline = ROUTERS[moe.router].is_policy and moe.policy_baseline == "learned"
         if self.learns_baseline:
             self.w_value_D, self.b_value = nnx.Param(jnp.zeros(model.d_model)), nnx.Param(jnp.zeros(()))
-        experts = [Experts(count, model.d_model, width, moe.activation, model.init_scale, rngs, moe.expert_bias)
+        clamp = (moe.activation_limit, moe.activation_alpha)
+        experts = [Experts(count, model.d_model, width, moe.activation, model.init_scale, rngs, moe.expert_bias, clamp)
                    for width, count in moe.width_classes]
         self.experts = nnx.List(experts) if moe.expert_widths else experts[0]
         for width, count in moe.width_classes:
@@ -161,8 +164,9 @@ class MoELayer(nnx.Module):
             self.copies_EJ = nnx.Param(jnp.asarray(round_copies(moe.num_experts, moe.expert_copies)))
         if moe.num_shared_experts:
             # n shared experts side by side are one FFN of n times the width.
-            self.shared = MLP(model.d_model, moe.num_shared_experts * moe.d_ff, moe.activation, model.init_scale, rngs,
-                              moe.expert_bias)
+            self.shared = MLP(model.d_model, moe.shared_width, moe.activation, model.init_scale, rngs, moe.expert_bias, clamp)
+        if moe.shared_gate:
+            self.w_shared_gate_D = normal(rngs, (model.d_model,), moe.router_init)
         if moe.num_zero_computation:
             self.zero_computation = ZeroComputationExperts(config, rngs)
 
@@ -205,7 +209,7 @@ class MoELayer(nnx.Module):
         y_GTD, kept_GN = self._experts(x_GTD, listed_G, dispatcher_of(self.config, mode.dispatch), capacity)
         y_BSD = groups.join(y_GTD)
         if moe.num_shared_experts:
-            y_BSD = y_BSD + self.shared(x_BSD)
+            y_BSD = y_BSD + self._shared(x_BSD)
         kept_GE = over_groups(functools.partial(_count, num_experts=moe.num_routed_experts), routing_G.expert_N, kept_GN)
         in_scope = self._in_scope(routing_G.statistics, groups, segment_ids_BS, mode.inspect)
         statistics = MoEStatistics(in_scope, kept_GE, policy_BS=policy_BS)
@@ -246,6 +250,15 @@ class MoELayer(nnx.Module):
                             replay_expert_TK=replay_GTK, training=mode.noise, noise_TE=noise_GTE,
                             per_token=mode.inspect or moe.balance_scope in ("sequence", "document"),
                             capacity_factor=mode.capacity_factor, **logits)
+
+    def _shared(self, x_BSD):
+        """What the shared experts add, times σ(x·w) if they have a gate of their own (Qwen2-MoE); the gate in fp32 (A5)."""
+        y_BSD = self.shared(x_BSD)
+        if not self.config.moe.shared_gate:
+            return y_BSD
+        gate_BS = jax.nn.sigmoid(jnp.einsum("BSD,D->BS", x_BSD.astype(jnp.float32), self.w_shared_gate_D[...],
+                                            precision=jax.lax.Precision.HIGHEST))
+        return y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype)
 
     def _to_copies(self, routing_G):
         """The lists with copies in the place of experts; the g-th group begins with the g-th copy of each."""
@@ -334,14 +347,16 @@ class MoELayer(nnx.Module):
             x_GTD = over_groups(lambda x, key: jitter(x, jax.random.fold_in(key, 1)), x_GTD, key_G)
         x_GTD = rounded(x_GTD)
 
-        def product(w_DE):
-            return rounded(jnp.einsum("GTD,DE->GTE", x_GTD, rounded(w_DE), precision=jax.lax.Precision.HIGHEST))
+        def product(w_DE, b_E=None):
+            y_GTE = jnp.einsum("GTD,DE->GTE", x_GTD, rounded(w_DE), precision=jax.lax.Precision.HIGHEST)
+            return rounded(y_GTE if b_E is None else y_GTE + rounded(b_E))
 
         if not router.learned:
             return {"logits_TE": None}
         if not hasattr(self, "w_router_DE"):
             raise ValueError(f"the layer has no router to ask: moe.router={self.config.moe.router!r} has no parameters")
-        logits = {"logits_TE": product(self.w_router_DE[...])}
+        bias_E = self.b_router_E[...] if self.config.moe.router_bias else None
+        logits = {"logits_TE": product(self.w_router_DE[...], bias_E)}
         if router.two_levels:
             logits["group_logits_TX"] = product(self.w_router_group_DX[...])
         if router.learned_noise and key_G is not None:

@@ -316,7 +316,7 @@ def _hidden_bytes(config: Config, share: Share, is_moe: bool) -> int:
     if moe.residual_ffn != "none":
         total += dense(model.d_ff, model.activation)
     if moe.num_shared_experts:
-        total += dense(moe.num_shared_experts * moe.d_ff, moe.activation)
+        total += dense(moe.shared_width, moe.activation)
     return total
 
 

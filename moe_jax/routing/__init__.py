@@ -124,6 +124,9 @@ def check_router(moe: MoEConfig) -> None:
         raise ConfigError(f"moe.router={moe.router!r}: has no place for identity, zero and constant experts: its choices "
                           f"are quotas, tables or groups of feed-forward experts; set moe.num_identity_experts, "
                           f"moe.num_zero_experts and moe.num_constant_experts to 0, or moe.router to one of {names}.")
+    if moe.router_bias and not router.learned:
+        raise ConfigError(f"moe.router_bias=True: is added to the router's logits, and moe.router={moe.router!r} has none; set it "
+                          f"to False, or another router.")
     router.check(moe)
     _check_slots(moe)
     if moe.allow_noncausal_routing or router.is_causal(moe):

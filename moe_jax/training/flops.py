@@ -72,8 +72,8 @@ def forward_flops_per_token(config: Config, vocab_size: int, length: int) -> flo
     """Multiply-adds count two: 2 per active matrix parameter, plus attention over the causal half of ``length``.
 
     Per layer: projections 2·D·d·(2H + 2H_kv); scores and values 2·2·H·d·(length/2); FFN 2·matrices·D·F; a MoE layer
-    K times that of an expert, shared experts, a residual FFN if it has one, the router, if it learns, 2·D·E (with two
-    levels 2·D·(E + X)) and constant experts 2·3·D each. Output layer 2·D·V. Norms, biases, softmax and the embedding
+    K times that of an expert, shared experts and their gate 2·D, a residual FFN if it has one, the router, if it learns,
+    2·D·E (with two levels 2·D·(E + X)) and constant experts 2·3·D each. Output layer 2·D·V. Norms, biases, softmax and the embedding
     look-up are left out.
     """
     return _flops(config, vocab_size, length, config.model.num_layers, len(config.moe_layers), 1)
@@ -88,7 +88,7 @@ def _flops(config: Config, vocab_size: int, length: int, layers: int, moe_layers
     dense_layers = layers - (moe_layers if moe.residual_ffn == "none" else 0)
     total = layers * attention + dense_layers * dense + outputs * 2 * model.d_model * vocab_size
     if moe_layers:
-        shared = moe.num_shared_experts * activation(moe.activation).matrices * model.d_model * moe.d_ff
+        shared = moe.shared_width * activation(moe.activation).matrices * model.d_model + moe.shared_gate * model.d_model
         router = moe.num_routed_experts * ROUTERS[moe.router].learned + (moe.num_groups if ROUTERS[moe.router].two_levels else 0)
         per_layer = computed_choices(config) * expert_weights(config) + shared
         per_layer += model.d_model * (router + 3 * moe.num_constant_experts)

@@ -300,7 +300,7 @@ def train_step(state: TrainState, batch: Batch, config: Config, vocab_size: int)
     metrics |= {
         "grad_norm": grad_norm,
         "router_grad_norm": optax.global_norm([leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
-                                               if path[-1].key.startswith("w_router")]),
+                                               if path[-1].key.startswith(("w_router", "b_router"))]),
         "learning_rate": schedule(config.optimizer, config.training.num_steps)(state["step"]),
         "tokens": jnp.sum(batch["valid"], dtype=jnp.float32),
         "applied": applied,

@@ -18,6 +18,7 @@ import optax
 from moe_jax.config import Config, ConfigError, resolve
 from moe_jax.data.batches import open_data
 from moe_jax.models.decoder import layer_paths
+from moe_jax.nn.activations import CLAMP
 from moe_jax.sharding import AXES, make_mesh
 from moe_jax.training.checkpoint import Checkpointer, CheckpointError
 from moe_jax.training.named_arrays import flatten
@@ -83,6 +84,9 @@ def check_upcyclable(dense: Config, config: Config) -> None:
     if moe.activation != model.activation:
         raise ConfigError(f"moe.activation={moe.activation!r}: the copied networks were trained with {model.activation!r}; set "
                           f"it to that.")
+    if moe.activation == "swiglu_clamped" and (moe.activation_limit, moe.activation_alpha) != CLAMP:
+        raise ConfigError(f"moe.activation_limit={moe.activation_limit}, moe.activation_alpha={moe.activation_alpha}: the copied "
+                          f"networks were trained with {CLAMP[0]} and {CLAMP[1]}; set them to that.")
     beside = {"num_shared_experts": 0, "residual_ffn": "none", "num_identity_experts": 0, "num_zero_experts": 0,
               "num_constant_experts": 0, "expert_copies": 0}
     for name, none in beside.items():
