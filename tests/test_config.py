@@ -25,6 +25,7 @@ from moe_jax.config import (
     nearest_divisors,
     nearest_multiples,
     resolve,
+    with_defaults,
 )
 from moe_jax.sharding import resolve_mesh
 
@@ -469,6 +470,15 @@ def test_differences_name_what_changed_and_nothing_else():
 
 def test_differences_show_keys_that_only_one_side_has():
     assert differences({"moe": {"old": 1}}, {"moe": {}, "mesh": {"new": 2}}) == ["mesh.new: None -> 2", "moe.old: 1 -> None"]
+
+
+def test_a_config_recorded_before_a_section_or_setting_came_has_their_defaults():
+    recorded = CHANGED.to_dict()
+    del recorded["attention"], recorded["model"]["norm"]
+    recorded["moe"]["gone"] = 1
+    assert differences(with_defaults(recorded), CHANGED.to_dict()) == ["moe.gone: 1 -> None"]
+    del recorded["moe"]["gone"]
+    assert resolve(recorded) == CHANGED
 
 
 def test_a_config_is_frozen_and_hashable():

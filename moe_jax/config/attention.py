@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moe_jax.config.checks import at_least, choice, require
+from moe_jax.config.checks import at_least, choice, nearest_multiples, require
 
 # What a layer's queries see: all before them, the last of it, or what lies in their own chunk.
 SPANS = ("full", "sliding", "chunked")
@@ -123,8 +123,8 @@ class AttentionConfig:
             require(getattr(self, field) > 0, f"attention.{field}", getattr(self, field),
                     "must be above 0 with attention.kind='latent'.")
         require(self.rope_dim % 2 == 0, "attention.rope_dim", self.rope_dim,
-                f"must be even (rotary embedding pairs dimensions); nearest legal values: {self.rope_dim - 1 or 2}, "
-                f"{self.rope_dim + 1}.")
+                f"must be even (rotary embedding pairs dimensions); nearest legal values: "
+                f"{nearest_multiples(self.rope_dim, 2)}.")
         require(self.positions == "rotary", "attention.positions", self.positions,
                 "attention.kind='latent' has one rotary key for all heads; set it to 'rotary'.")
         for field, why in (("bias", "has no biases"), ("qk_norm", "has norms of its own, on the latents"),

@@ -20,7 +20,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from moe_jax import files
-from moe_jax.config import Config, ConfigError, differences
+from moe_jax.config import Config, ConfigError, differences, with_defaults
 from moe_jax.data.batches import Data, join_rows, open_data
 from moe_jax.errors import UserError
 from moe_jax.nn.moe import dispatcher_of
@@ -114,7 +114,7 @@ def check_workdir(workdir: pathlib.Path, config: Config, allow_config_change: bo
     """
     if not (workdir / "config.json").exists():
         return
-    changed = differences(read_config(workdir), config.to_dict())
+    changed = differences(with_defaults(read_config(workdir)), config.to_dict())
     if changed and not allow_config_change:
         shown = "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
         raise RunError(f"{workdir} belongs to a run with another config ({shown}). Choose another --workdir, or "
