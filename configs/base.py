@@ -43,7 +43,9 @@ def get_config() -> ConfigDict:
     model.mtp_depth = 0               # multi-token prediction (DeepSeek-V3: 1): so many further tokens are predicted, each by
                                       # a block of its own, in training only
     model.encoder_layers = 0          # above 0: an encoder–decoder; num_layers are then the decoder's
-    model.architecture = "transformer"  # transformer, or lstm (Shazeer 2017)
+    model.architecture = "transformer"  # transformer, or lstm (Shazeer 2017): num_layers LSTMs of d_model units, with a
+                                      # mixture behind those that moe.every, moe.first say, and no other FFN
+    model.dropout = 0.0               # lstm: training drops this share of the embeddings and of every layer's output
 
     config.attention = attention = ConfigDict()
     attention.kind = "heads"          # heads, or latent: keys and values from one small vector per token (DeepSeek-V2, V3)
@@ -129,7 +131,8 @@ def get_config() -> ConfigDict:
     moe.fill_order = "token_major"    # who gets a buffer slot first: token_major (causal), choice_major (GShard,
                                       # Switch, OpenMoE), batch_prioritized (V-MoE); the last two look ahead
     moe.priority = "max"              # batch_prioritized sorts by the highest, or the sum, of a token's K scores
-    moe.router_init = 0.02            # standard deviation of the router's weights, and of the shared expert's gate
+    moe.router_init = 0.02            # standard deviation of the router's weights, and of the shared expert's gate; 0 (Shazeer
+                                      # 2017) where noise tells experts apart
     moe.router_bias = False           # a learned number per expert is added to its logit (GPT-OSS); bias_update_rate is another
                                       # one, which chooses only
     moe.router_dtype = "float32"      # bfloat16 rounds the router's input, weights and logits, whatever model.dtype is; only

@@ -78,9 +78,12 @@ def _product(sizes: dict[str, int]) -> str:
 def _sharded_dimensions(config: Config) -> list[tuple[str, int, str]]:
     """(setting, its value, the mesh axis that has to divide it)."""
     model, moe = config.model, config.moe
-    found = [("model.d_model", model.d_model, "fsdp"), ("model.num_heads", model.num_heads, "tensor"),
-             ("model.num_kv_heads", model.num_kv_heads, "tensor"), ("model.d_ff", model.d_ff, "tensor"),
-             ("model.vocab_size", model.vocab_size, "tensor")]
+    found = [("model.d_model", model.d_model, "fsdp"), ("model.vocab_size", model.vocab_size, "tensor")]
+    if model.architecture == "lstm":
+        found.append(("model.d_model", model.d_model, "tensor"))
+    else:
+        found += [("model.num_heads", model.num_heads, "tensor"), ("model.num_kv_heads", model.num_kv_heads, "tensor"),
+                  ("model.d_ff", model.d_ff, "tensor")]
     if moe.is_dense:
         return found
     if moe.expert_widths:

@@ -102,7 +102,8 @@ class MoEConfig:
         at_least("moe", self, 0, "num_experts", "num_shared_experts", "router_jitter", "router_noise", "balance_weight",
                  "importance_weight", "load_weight", "device_weight", "communication_weight", "router_z_weight",
                  "bias_update_rate", "group_size", "groups_per_token", "num_identity_experts", "num_zero_experts",
-                 "num_constant_experts", "device_capacity_factor", "undropped_sequences", "first_dense_layers", "shared_d_ff")
+                 "num_constant_experts", "device_capacity_factor", "undropped_sequences", "first_dense_layers", "shared_d_ff",
+                 "router_init")
         at_least("moe", self, 1, "experts_per_token", "every", "d_ff", "min_capacity", "num_groups", "capacity_multiple",
                  "exchange_chunks")
         at_least("moe", self, -1, "first")
@@ -129,7 +130,7 @@ class MoEConfig:
         at_least("moe", self, 0, "policy_weight", "policy_entropy_weight", "policy_baseline_weight")
         require(0 <= self.policy_baseline_decay < 1, "moe.policy_baseline_decay", self.policy_baseline_decay,
                 "must be at least 0 and below 1.")
-        for field in ("capacity_factor", "eval_capacity_factor", "router_init", "route_scale", "second_threshold",
+        for field in ("capacity_factor", "eval_capacity_factor", "route_scale", "second_threshold",
                       "zero_expert_weight", "row_exchange_factor", "activation_limit", "activation_alpha"):
             require(getattr(self, field) > 0, f"moe.{field}", getattr(self, field), "must be above 0.")
         require(self.router_jitter < 1, "moe.router_jitter", self.router_jitter, "must be below 1.")

@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_jax.config.attention import AttentionConfig, LayerAttention
 from moe_jax.config.checks import choice, nearest_divisors, nearest_multiples, require
+from moe_jax.config.lstm import check_lstm
 from moe_jax.config.moe import MoEConfig
 from moe_jax.config.sections import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 
@@ -32,6 +33,8 @@ class Config:
                     f"exceeds training.num_steps={self.training.num_steps}; the run would end inside its warm-up.")
         self._check_objective()
         self._check_attention()
+        if self.model.architecture == "lstm":
+            check_lstm(self)
         if self.moe.is_dense:
             return
         self._check_layers()
@@ -50,6 +53,9 @@ class Config:
         choice("moe", self.moe, "grouped_matmul", ("auto", *IMPLEMENTATIONS))
         choice("moe", self.moe, "balance_loss", tuple(BALANCE_LOSSES))
         check_router(self.moe)
+        require(self.moe.router_init > 0 or ROUTERS[self.moe.router].learned_noise, "moe.router_init", self.moe.router_init,
+                "leaves all experts alike: only routers with learned noise, noisy_top_k and hierarchical, tell them apart then; "
+                "set it above 0.")
         require(self.model.mtp_depth == 0 or not ROUTERS[self.moe.router].is_policy, "model.mtp_depth", self.model.mtp_depth,
                 f"adds layers whose rewards are not those of the next token, from which moe.router={self.moe.router!r} learns; "
                 f"set it to 0, or another router.")
@@ -96,7 +102,8 @@ class Config:
     @property
     def _has_dense_networks(self) -> bool:
         """Whether a layer has a dense feed-forward network, alone or beside its experts."""
-        return self.moe.residual_ffn != "none" or len(self.moe_layers) < self.model.num_layers or self.model.encoder_layers > 0
+        layers = self.model.encoder_layers + self.model.num_layers
+        return self.moe.residual_ffn != "none" or len(self.moe_layers) < layers
 
     def _check_exchange(self):
         # Imported here as above.
@@ -117,11 +124,14 @@ class Config:
                 f"router in which tokens choose.")
 
     def _check_layers(self):
-        moe, explicit = self.moe, self.moe.explicit_layers("layers")
-        if explicit is not None:
-            require(explicit[-1] < self.model.num_layers, "moe.layers", moe.layers,
-                    f"names layer {explicit[-1]}, but model.num_layers={self.model.num_layers}; the last is "
-                    f"{self.model.num_layers - 1}.")
+        moe = self.moe
+        require(not moe.encoder_layers or self.model.encoder_layers > 0, "moe.encoder_layers", moe.encoder_layers,
+                "names layers of an encoder, but model.encoder_layers=0; set it to '', or model.encoder_layers.")
+        for field, total in (("layers", "num_layers"), ("encoder_layers", "encoder_layers")):
+            explicit, count = moe.explicit_layers(field), getattr(self.model, total)
+            require(explicit is None or explicit[-1] < count, f"moe.{field}", getattr(moe, field),
+                    f"names layer {explicit and explicit[-1]}, but model.{total}={count}; the last is {count - 1}.")
+        if moe.layers:
             return
         require(self.model.num_layers > self.moe_offset, "moe.every", moe.every,
                 f"gives no MoE layer among model.num_layers={self.model.num_layers}; set moe.every to at most "
@@ -178,11 +188,25 @@ class Config:
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Indices of the MoE layers, ascending; empty for a dense model."""
+        """Indices of the MoE layers, ascending; empty for a dense model. An encoder's layers are counted first, then the
+        decoder's."""
+        return (*self.encoder_moe_layers, *(self.model.encoder_layers + i for i in self.decoder_moe_layers))
+
+    @property
+    def encoder_moe_layers(self) -> tuple[int, ...]:
+        """Those of the encoder, counted from its first layer; empty without one."""
+        return self._stack_moe_layers("encoder_layers", self.model.encoder_layers)
+
+    @property
+    def decoder_moe_layers(self) -> tuple[int, ...]:
+        """Those of the decoder, counted from its first layer."""
+        return self._stack_moe_layers("layers", self.model.num_layers)
+
+    def _stack_moe_layers(self, field: str, num_layers: int) -> tuple[int, ...]:
         if self.moe.is_dense:
             return ()
-        explicit = self.moe.explicit_layers("layers")
-        return explicit if explicit is not None else self._periodic_layers(self.model.num_layers)
+        explicit = self.moe.explicit_layers(field)
+        return explicit if explicit is not None else self._periodic_layers(num_layers)
 
     def _periodic_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(i for i in range(self.moe.first_dense_layers, num_layers) if i % self.moe.every == self.moe_offset)
@@ -192,7 +216,7 @@ class Config:
         """The MoE layers that training routes through: the model's, then those of multi-token prediction, counted on from
         ``model.num_layers``. Its blocks are mixtures if the model's last layer is one."""
         layers = self.model.num_layers
-        further = range(layers, layers + self.model.mtp_depth) if layers - 1 in self.moe_layers else ()
+        further = range(layers, layers + self.model.mtp_depth) if layers - 1 in self.decoder_moe_layers else ()
         return (*self.moe_layers, *further)
 
     @property

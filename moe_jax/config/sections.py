@@ -41,12 +41,16 @@ class ModelConfig:
     mtp_depth: int = 0
     encoder_layers: int = 0
     architecture: str = "transformer"
+    dropout: float = 0.0
 
     def __post_init__(self):
         at_least("model", self, 1, "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
         at_least("model", self, 0, "vocab_size", "mtp_depth", "encoder_layers")
         choice("model", self, "norm", ("rms", "layer"))
         choice("model", self, "architecture", ("transformer", "lstm"))
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and below 1.")
+        require(self.dropout == 0 or self.architecture == "lstm", "model.dropout", self.dropout,
+                f"is that of model.architecture='lstm' and has no effect with {self.architecture!r}; set it to 0.0.")
         choice("model", self, "activation", ACTIVATIONS)
         choice("model", self, "dtype", ("float32", "bfloat16"))
         choice("model", self, "attention", ("auto", "plain", "splash"))
