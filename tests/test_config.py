@@ -244,6 +244,36 @@ def test_first_dense_layers_that_change_nothing_or_everything_are_refused(layers
         Config(ModelConfig(num_layers=layers), MoEConfig(every=every, first_dense_layers=leading))
 
 
+@pytest.mark.parametrize("text, expected", [("1,3", (1, 3)), ("4", (4,)), ("3, 0,1", (0, 1, 3)), ("0,1,2,3,4", (0, 1, 2, 3, 4))])
+def test_moe_layers_can_be_named_one_by_one(text, expected):
+    assert Config(ModelConfig(num_layers=5), MoEConfig(layers=text)).moe_layers == expected
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(layers="1,5"), "moe.layers='1,5': names layer 5, but model.num_layers=5; the last is 4"),
+    (dict(layers="1,1"), "moe.layers='1,1': wanted are the indices of different layers"),
+    (dict(layers="1;2"), "moe.layers='1;2': wanted are the indices of different layers"),
+    (dict(layers="-1"), "moe.layers='-1': wanted are the indices of different layers"),
+    (dict(layers="1,3", every=1), "moe.every=1: has no effect beside moe.layers='1,3'.* set it to 2, or moe.layers=''"),
+    (dict(layers="1,3", first=0), "moe.first=0: has no effect beside moe.layers='1,3'"),
+    (dict(encoder_layers="1"), "moe.encoder_layers='1': names layers of an encoder, but model.encoder_layers=0"),
+    (dict(layers="1,3", first_dense_layers=2), "moe.first_dense_layers=2: has no effect beside moe.layers='1,3'"),
+])
+def test_lists_of_moe_layers_that_cannot_be_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        Config(ModelConfig(num_layers=5), MoEConfig(**options))
+
+
+def test_the_encoders_moe_layers_follow_the_same_rule_or_are_named():
+    model = ModelConfig(num_layers=6, encoder_layers=4)
+    by_rule = Config(model, MoEConfig(every=2, first=1))
+    assert by_rule.decoder_moe_layers == (1, 3, 5) and by_rule.encoder_moe_layers == (1, 3)
+    assert Config(model, MoEConfig(encoder_layers="0,2")).encoder_moe_layers == (0, 2)
+    assert Config(ModelConfig(num_layers=6)).encoder_moe_layers == ()
+    with pytest.raises(ConfigError, match="moe.encoder_layers='0,4': names layer 4, but model.encoder_layers=4; the last is 3"):
+        Config(model, MoEConfig(encoder_layers="0,4"))
+
+
 def test_a_dense_model_has_no_moe_layers_and_ignores_the_other_moe_settings():
     config = resolve(moe(num_experts=0, experts_per_token=99, router="top_k"))
     assert config.moe_layers == () and config.moe.is_dense

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import Config, MeshConfig
 from moe_jax.dispatch.expert_parallel import rows_at_once
-from moe_jax.models.decoder import layer_pattern
+from moe_jax.models.stack import layer_pattern
 from moe_jax.nn.activations import activation
 from moe_jax.nn.splash import unfit
 from moe_jax.planning.hlo import Collective
