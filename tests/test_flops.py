@@ -51,6 +51,21 @@ def test_shared_experts_and_plain_activations_are_counted():
     assert count.total - without.total == count.active - without.active == 2 * 2 * 16 * 16
 
 
+def test_a_shared_expert_of_its_own_width_its_gate_and_a_routers_bias_are_counted():
+    options = tiny.config(moe_num_shared_experts=2, moe_shared_d_ff=24, moe_shared_gate=True, moe_router_bias=True)
+    count, without = count_parameters(options, 32), count_parameters(tiny.config(), 32)
+    shared = 3 * 16 * 2 * 24
+    assert count.total - without.total == count.active - without.active == 2 * (shared + 16 + 4)
+    more = forward_flops_per_token(options, 32, 16) - forward_flops_per_token(tiny.config(), 32, 16)
+    assert more == 2 * 2 * (shared + 16)
+
+
+def test_moe_layers_named_one_by_one_are_counted():
+    count = count_parameters(tiny.config(moe_layers="0,1,3"), 32)
+    dense = 4 * (ATTENTION + NORMS) + MLP + 16 + TABLES
+    assert (count.total, count.active) == (dense + 3 * (4 * EXPERT + ROUTER), dense + 3 * (2 * EXPERT + ROUTER))
+
+
 @pytest.mark.parametrize("activation, matrices", [("relu_squared", 2), ("gelu_exact", 2), ("swiglu_clamped", 3),
                                                   ("swiglu_linear", 4)])
 def test_an_activation_has_its_own_number_of_matrices(activation, matrices):

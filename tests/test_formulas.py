@@ -44,7 +44,8 @@ class Case:
 CASES = {
     "buffers": Case.of({"data": 2, "expert": 4}),
     "all axes": Case.of({"fsdp": 2, "expert": 2, "tensor": 2}, model_num_layers=5, moe_every=2, moe_first_dense_layers=2,
-                        moe_num_shared_experts=1, model_remat="none"),
+                        moe_num_shared_experts=1, moe_shared_d_ff=48, moe_shared_gate=True, moe_router_bias=True,
+                        model_remat="none"),
     "rows": Case.of({"fsdp": 4, "expert": 2}, moe_dispatch="dropless", moe_row_exchange="padded", moe_every=2,
                     model_num_layers=4, training_microbatches=3, data_batch_size=48),
     "further tokens": Case.of({"fsdp": 2, "expert": 2, "tensor": 2}, model_mtp_depth=2, model_remat="none", data_batch_size=8,

@@ -217,6 +217,13 @@ def test_configs_whose_experts_could_not_be_copies_are_refused(settings, words):
         check_upcyclable(tiny.config(**DENSE), tiny.config(**{**SPARSE, **settings}))
 
 
+def test_experts_that_would_cut_elsewhere_are_no_copies():
+    clamped = dict(model_activation="swiglu_clamped", moe_activation="swiglu_clamped")
+    with pytest.raises(ConfigError, match="moe.activation_limit=5.0, moe.activation_alpha=1.702: .* trained with 7.0 and 1.702"):
+        check_upcyclable(tiny.config(**DENSE, **clamped), tiny.config(**SPARSE, **clamped, moe_activation_limit=5.0))
+    check_upcyclable(tiny.config(**DENSE, **clamped), tiny.config(**SPARSE, **clamped))
+
+
 def test_a_mixture_is_no_dense_model():
     with pytest.raises(ConfigError, match="is a mixture of experts already"):
         check_upcyclable(tiny.config(**SPARSE), tiny.config(**SPARSE))

@@ -92,8 +92,9 @@ def params(config: Config):
     drawing compiles for seconds."""
     model = dataclasses.replace(config.model, dtype="float32", remat="none")
     moe = dataclasses.replace(MoEConfig(), **{name: getattr(config.moe, name) for name in (
-        "num_experts", "experts_per_token", "every", "first", "first_dense_layers", "d_ff", "activation",
-        "num_shared_experts", "expert_bias", "residual_ffn", "router_init", "num_identity_experts", "num_zero_experts", "num_constant_experts")})
+        "num_experts", "experts_per_token", "every", "first", "first_dense_layers", "layers", "d_ff", "activation",
+        "num_shared_experts", "shared_d_ff", "shared_gate", "router_bias", "expert_bias", "residual_ffn", "router_init",
+        "num_identity_experts", "num_zero_experts", "num_constant_experts")})
     tree = jax.tree.map(lambda leaf: leaf, _params(Config(model=model, moe=moe)))
     return tree if config.moe.is_dense or ROUTERS[config.moe.router].learned else without(tree, "w_router_DE")
 

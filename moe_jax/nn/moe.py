@@ -349,7 +349,7 @@ class MoELayer(nnx.Module):
 
         def product(w_DE, b_E=None):
             y_GTE = jnp.einsum("GTD,DE->GTE", x_GTD, rounded(w_DE), precision=jax.lax.Precision.HIGHEST)
-            return rounded(y_GTE if b_E is None else y_GTE + rounded(b_E))
+            return rounded(y_GTE if b_E is None else y_GTE + rounded(b_E)[None, None, :])
 
         if not router.learned:
             return {"logits_TE": None}
