@@ -83,6 +83,7 @@ def get_config() -> ConfigDict:
     attention.value_dim = 0           # … width of a head's value (128)
     attention.relative_buckets = 32   # positions="relative": learned biases per head
     attention.relative_distance = 128  # … the last bucket holds everything so far away, and further
+    attention.first_position = 0      # positions="sinusoidal": the number of a text's first position (NLLB: 2)
 
     config.moe = moe = ConfigDict()
     moe.num_experts = 8               # E; 0 = dense model, everything else in this section is then unused
@@ -127,7 +128,7 @@ def get_config() -> ConfigDict:
     moe.num_groups = 1                # equal groups of consecutive experts: nodes or devices (DeepSeek-V2, V3)
     moe.groups_per_token = 0          # a token chooses inside its best so many groups; 0 = among all experts
     moe.group_score = "max"           # of a group: its best score (DeepSeek-V2), or top_sum of its best K /
-                                      # groups_per_token (DeepSeek-V3)
+                                      # groups_per_token (DeepSeek-V3), or top_2_sum of its best two (its code)
     moe.fill_order = "token_major"    # who gets a buffer slot first: token_major (causal), choice_major (GShard,
                                       # Switch, OpenMoE), batch_prioritized (V-MoE); the last two look ahead
     moe.priority = "max"              # batch_prioritized sorts by the highest, or the sum, of a token's K scores

@@ -56,6 +56,7 @@ class AttentionConfig:
     value_dim: int = 0
     relative_buckets: int = 32
     relative_distance: int = 128
+    first_position: int = 0
 
     def __post_init__(self):
         choice("attention", self, "kind", ("heads", "latent"))
@@ -67,7 +68,8 @@ class AttentionConfig:
         at_least("attention", self, 0, "window", "chunk", "clip_qkv", "rope_original_length", "rope_mscale",
                  "rope_mscale_all_dim", "rope_attention_factor", "temperature_scale", *_LATENT)
         at_least("attention", self, 1, "rope_factor", "temperature_floor")
-        at_least("attention", self, 2, "relative_buckets", "relative_distance")
+        at_least("attention", self, 4, "relative_buckets", "relative_distance")
+        at_least("attention", self, 0, "first_position")
         self._check_layers()
         self._check_positions()
         self._check_scaling()
@@ -97,6 +99,15 @@ class AttentionConfig:
             self._unused(field, rotary and rotated, "a rotated layer (attention.positions='rotary')")
         for field in ("relative_buckets", "relative_distance"):
             self._unused(field, self.positions == "relative", "attention.positions='relative'")
+        require(self.relative_distance > self.relative_buckets // 2, "attention.relative_distance", self.relative_distance,
+                f"must be above half of attention.relative_buckets={self.relative_buckets}: so many distances have a bucket of "
+                f"their own.")
+        require(self.relative_buckets % 2 == 0, "attention.relative_buckets", self.relative_buckets,
+                "must be even: an encoder's are shared by keys before and behind the query.")
+        require(self.positions != "relative" or all(layer.span == "full" for layer in self.pattern), "attention.layers",
+                self.layers, "limits what is seen, but attention.positions='relative' counts places from a row's first; set it "
+                "to 'full'.")
+        self._unused("first_position", self.positions == "sinusoidal", "attention.positions='sinusoidal'")
 
     def _check_scaling(self):
         scaling = self.rope_scaling

@@ -10,9 +10,13 @@ from flax import nnx
 
 from moe_jax.config import Config, LayerAttention
 from moe_jax.nn.attention import Attention
+from moe_jax.nn.cross_attention import CrossAttention
+from moe_jax.nn.initializers import normal
+from moe_jax.nn.latent_attention import LatentAttention
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.moe import MoELayer, MoEStatistics, RoutingMode
-from moe_jax.nn.norms import RMSNorm
+from moe_jax.nn.norms import norm
+from moe_jax.nn.positions import relative_bias
 from moe_jax.product import PRODUCT
 
 
@@ -29,7 +33,8 @@ class LayerKind:
 
 
 class Layer(nnx.Module):
-    """x += attention(norm(x)); x += ffn(norm(x)), where ffn is an MLP or a mixture of experts.
+    """x += attention(norm(x)); x += ffn(norm(x)), where ffn is an MLP or a mixture of experts; in between, of a decoder with
+    an encoder, x += cross_attention(norm(x), encoded).
 
     Beside the mixture every token may pass a dense FFN (``moe.residual_ffn``): in parallel, x += moe(norm(x)) +
     ffn(norm(x)) (OpenMoE's paper, eq. 4), or after it, x += moe(norm(x)); x += ffn(norm'(x)) (OpenMoE's code, ST-MoE).
@@ -38,23 +43,35 @@ class Layer(nnx.Module):
     def __init__(self, config: Config, kind: LayerKind, rngs: nnx.Rngs):
         model, is_moe = config.model, kind.is_moe
         self.is_moe = is_moe
-        self.attention_norm = RMSNorm(model.d_model, model.norm_epsilon)
-        self.attention = Attention(model, rngs)
-        self.ffn_norm = RMSNorm(model.d_model, model.norm_epsilon)
+        self.attention_norm = norm(model)
+        attention = LatentAttention if config.attention.kind == "latent" else Attention
+        self.attention = attention(model, rngs, config.attention, kind.attention)
+        self.span = kind.attention.span
+        self.crosses = kind.crosses
+        if kind.crosses:
+            self.cross_norm = norm(model)
+            self.cross_attention = CrossAttention(model, rngs, config.attention)
+        self.ffn_norm = norm(model)
         if is_moe:
             self.moe = MoELayer(config, rngs)
         self.residual_ffn = config.moe.residual_ffn if is_moe else "none"
         if self.residual_ffn == "sequential":
-            self.residual_norm = RMSNorm(model.d_model, model.norm_epsilon)
+            self.residual_norm = norm(model)
         if self.residual_ffn != "none":
-            self.residual = MLP(model.d_model, model.d_ff, model.activation, model.init_scale, rngs)
+            self.residual = MLP(model.d_model, model.d_ff, model.activation, model.init_scale, rngs, model.mlp_bias)
         if not is_moe:
-            self.mlp = MLP(model.d_model, model.d_ff, model.activation, model.init_scale, rngs)
+            self.mlp = MLP(model.d_model, model.d_ff, model.activation, model.init_scale, rngs, model.mlp_bias)
 
     def __call__(self, x_BSD, inputs: "Inputs", mode, cache, bias_E, key, replay_BSK=None):
-        y_BSD, cache = self.attention(inputs.present(self.attention_norm(x_BSD)), inputs.positions_BS, inputs.mask_BST,
-                                      cache, inputs.index, inputs.attended_BS)
+        """``cache``: the attention's, or, with an encoder, that and the cross-attention's."""
+        cache, crossed = cache if self.crosses and cache is not None else (cache, None)
+        y_BSD, cache = self.attention(inputs.present(self.attention_norm(x_BSD)), inputs.positions_BS,
+                                      inputs.masks.get(self.span, inputs.mask_BST), cache, inputs.index, inputs.attended_BS, inputs.bias_BHST)
         x_BSD = x_BSD + y_BSD
+        if self.crosses:
+            y_BSD, crossed = self.cross_attention(self.cross_norm(x_BSD), inputs.encoded_BTD, inputs.crossed_mask_BST, crossed)
+            x_BSD = x_BSD + y_BSD
+            cache = None if crossed is None else (cache, crossed)
         statistics, normed_BSD = None, inputs.present(self.ffn_norm(x_BSD))
         if self.is_moe:
             y_BSD, statistics = self.moe(normed_BSD, inputs.valid_BS, mode, bias_E, key,
@@ -72,11 +89,14 @@ class Layer(nnx.Module):
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(),
                    data_fields=("token_ids_BS", "positions_BS", "mask_BST", "valid_BS", "previous_ids_BS", "index",
-                                "present_BS", "segment_ids_BS", "undropped_BS", "attended_BS"))
+                                "present_BS", "segment_ids_BS", "undropped_BS", "attended_BS", "bias_BHST",
+                                "encoded_BTD", "crossed_mask_BST", "masks"))
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """What every layer sees beside the residual stream; ``present_BS`` only where padding is routed, ``undropped_BS``
-    only where devices drop choices, ``attended_BS`` only where it says all that the mask says: segments, 0 for padding."""
+    only where devices drop choices, ``attended_BS`` only where it says all that the mask says: segments, 0 for padding.
+    ``masks`` are those of layers that do not see everything, by what they see instead of ``mask_BST``. ``bias_BHST`` is that of relative positions (B = 1). In a decoder with an encoder, ``encoded_BTD`` is its output – None
+    where the cache holds what is made of it – and ``crossed_mask_BST`` says who may see what of it."""
 
     token_ids_BS: jax.Array
     positions_BS: jax.Array
@@ -88,6 +108,10 @@ class Inputs:
     segment_ids_BS: jax.Array | None = None
     undropped_BS: jax.Array | None = None
     attended_BS: jax.Array | None = None
+    bias_BHST: jax.Array | None = None
+    encoded_BTD: jax.Array | None = None
+    crossed_mask_BST: jax.Array | None = None
+    masks: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def present(self, x_BSD: jax.Array) -> jax.Array:
         """x where there is text, 0 elsewhere."""
@@ -142,15 +166,19 @@ def stack_pattern(config: Config, kinds: tuple[LayerKind, ...]) -> tuple[int, in
 class Stack(nnx.Module):
     """Layers and the norm behind them: ``first`` and ``last`` stand alone, ``body`` is scanned over."""
 
-    def __init__(self, config: Config, kinds: tuple[LayerKind, ...], rngs: nnx.Rngs):
-        self.config, self.pattern = config, stack_pattern(config, kinds)
+    def __init__(self, config: Config, kinds: tuple[LayerKind, ...], rngs: nnx.Rngs, both_sides: bool = False):
+        """``both_sides``: of an encoder, whose relative positions (``relative_bias_XH``, X buckets) know later from earlier."""
+        self.config, self.pattern, self.both_sides = config, stack_pattern(config, kinds), both_sides
         prefix, period, repeats = self.pattern
         self.first = nnx.List([Block(config, (kind,), rngs) for kind in kinds[:prefix]])
         body = kinds[prefix : prefix + period]
         self.body = nnx.vmap(lambda key: Block(config, body, nnx.Rngs(params=key)))(
             jax.random.split(rngs.params(), repeats))
         self.last = nnx.List([Block(config, (kind,), rngs) for kind in kinds[prefix + period * repeats :]])
-        self.final_norm = RMSNorm(config.model.d_model, config.model.norm_epsilon)
+        self.final_norm = norm(config.model)
+        if config.attention.positions == "relative":
+            shape = config.attention.relative_buckets, config.model.num_heads
+            self.relative_bias_XH = normal(rngs, shape, config.model.d_model**-0.5)
 
     def run_layers(self, x_BSD: jax.Array, inputs: Inputs, mode: RoutingMode, cache: Any, bias_LE: jax.Array,
                    keys: jax.Array | None = None, replay_LBSK: jax.Array | None = None):
@@ -163,6 +191,10 @@ class Stack(nnx.Module):
         Returns:
           The stream [B, S, D], the cache with this call's tokens in it, and statistics that lead with L (None if dense).
         """
+        if self.config.attention.positions == "relative":
+            bias_BHST = relative_bias(self.relative_bias_XH[...], x_BSD.shape[1], inputs.mask_BST.shape[2], inputs.index,
+                                      self.config.attention, self.both_sides)
+            inputs = dataclasses.replace(inputs, bias_BHST=bias_BHST)
         prefix, period, repeats = self.pattern
         run = Runner(self.config, inputs, mode, bias_LE, keys, replay_LBSK)
         caches = cache if cache is not None else run.no_cache(prefix, period, repeats, len(self.last))
