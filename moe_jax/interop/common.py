@@ -15,17 +15,20 @@ _GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu_exact", "gelu_new"
           "relu": "reglu", "sigmoid": "glu"}
 
 
-def sizes(settings: Settings, d_ff: str = "intermediate_size", theta: float = 10_000.0, epsilon: float = 1e-6) -> Overrides:
+def sizes(settings: Settings, d_ff: str = "intermediate_size", theta: float = 10_000.0, epsilon: float = 1e-6,
+          activation: str = "") -> Overrides:
     """Of a pre-norm decoder with RMSNorm and gated networks. ``d_ff``: name of the dense layers' width; ``theta``,
-    ``epsilon``: what the family has where the settings do not say."""
+    ``epsilon``: what the family has where the settings do not say; ``activation``: ours, whatever they say."""
     tied = bool(settings.value("tie_word_embeddings", False))
-    activation = settings.value("hidden_act", "silu")
-    if activation not in _GATED:
-        raise settings.refuse("hidden_act", f"has no gated counterpart here; supported: {', '.join(_GATED)}.")
+    if not activation:
+        hidden = settings.value("hidden_act", "silu")
+        if hidden not in _GATED:
+            raise settings.refuse("hidden_act", f"has no gated counterpart here; supported: {', '.join(_GATED)}.")
+        activation = _GATED[hidden]
     settings.only("mlp_bias", (False, None), "gives the feed-forward layers biases, which this family's do not have here")
     return {
         "model.num_layers": settings.number("num_hidden_layers"), "model.d_model": settings.number("hidden_size"),
-        "model.d_ff": settings.number(d_ff), "model.activation": _GATED[activation], "moe.activation": _GATED[activation],
+        "model.d_ff": settings.number(d_ff), "model.activation": activation, "moe.activation": activation,
         "model.norm_epsilon": float(settings.value("rms_norm_eps", epsilon)), "model.rope_theta": _theta(settings, theta),
         "model.vocab_size": settings.number("vocab_size"), "model.tie_embedding": tied,
         **({"model.scaled_tied_logits": False} if tied else {}),
@@ -130,7 +133,7 @@ def moe_layers(layers: Sequence[int], num_layers: int) -> Overrides:
     step = layers[1] - first if len(layers) > 1 else num_layers
     if first < step and layers == list(range(first, num_layers, step)):
         return {"moe.every": step, "moe.first": -1 if first == step - 1 else first}
-    return {"moe.every": type(_DEFAULTS.moe).every, "moe.layers": ",".join(map(str, layers))}
+    return {"moe.every": _DEFAULTS.moe.every, "moe.layers": ",".join(map(str, layers))}
 
 
 _DEFAULTS = Config()

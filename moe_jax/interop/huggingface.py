@@ -4,10 +4,13 @@ from typing import Any
 
 from moe_jax.config import Config, resolve
 from moe_jax.interop.classic import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from moe_jax.interop.deepseek import DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3
+from moe_jax.interop.gpt_oss import GPT_OSS
+from moe_jax.interop.llama4 import LLAMA4
 from moe_jax.interop.settings import InteropError, Settings
 from moe_jax.interop.table import Family
 
-FAMILIES = (MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE)
+FAMILIES = (MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4, GPT_OSS)
 
 
 def family_of(settings: dict[str, Any], where: str = "config.json") -> Family:
@@ -35,7 +38,7 @@ def to_config(settings: dict[str, Any], where: str = "config.json", **overrides:
       InteropError, ConfigError: unknown architecture, or a setting that has no counterpart here.
     """
     family = family_of(settings, where)
-    reader = Settings(settings, where)
+    reader = Settings(family.model_settings(settings), where)
     values: dict[str, dict[str, Any]] = {}
     for name, value in {**family.to_config(reader), **overrides}.items():
         section, field = name.split(".")

@@ -21,7 +21,7 @@ _WITHOUT_EFFECT = frozenset("""
     id2label initializer_range initial_context_length is_decoder is_encoder_decoder label2id max_position_embeddings model_type
     output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type qk_head_dim
     resid_pdrop return_dict router_aux_loss_coef router_jitter_noise seq_aux sep_token_id task_specific_params tokenizer_class
-    torch_dtype torchscript transformers_version unk_token_id use_cache aux_loss_alpha
+    torch_dtype torchscript transformers_version unk_token_id use_cache aux_loss_alpha quantization_config
 """.split())
 
 
@@ -75,17 +75,17 @@ class Settings:
                         ", ".join(f"{name}={self.values[name]!r}" for name in unread))
 
 
-def read_settings(folder: pathlib.Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint.
+def read_settings(folder: pathlib.Path, file: str = "config.json") -> dict[str, Any]:
+    """``config.json`` of a checkpoint, or another file in its place.
 
     Raises:
       InteropError: there is none, or it is no JSON object.
     """
-    path = folder / "config.json"
+    path = folder / file
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InteropError(f"{folder} holds no config.json; give the directory of a Hugging Face checkpoint.") from None
+        raise InteropError(f"{folder} holds no {file}; give the directory of a Hugging Face checkpoint.") from None
     except NotADirectoryError:
         raise InteropError(f"{folder} is a file; give the directory of a Hugging Face checkpoint.") from None
     except (OSError, ValueError) as error:

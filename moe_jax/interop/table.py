@@ -16,7 +16,7 @@ import numpy as np
 from moe_jax.config import Config
 from moe_jax.interop.layouts import LINEAR, Layout
 from moe_jax.interop.settings import Settings
-from moe_jax.models.decoder import layer_paths, moe_layer_paths
+from moe_jax.models.decoder import layer_paths
 
 # Where the selection bias of a router lies in a TrainState, one row per MoE layer.
 BIAS = "router_bias_LE"
@@ -58,6 +58,7 @@ class Family:
       rules: its tensors under a config.
       ignored: patterns of names that a file may hold and the model does not use.
       prefix: what stands before every name, by the settings.
+      model_settings: of all settings those of the model, where the language model is a part of a checkpoint.
       balances: whether ``transformers`` adds a balancing loss.
     """
 
@@ -69,6 +70,7 @@ class Family:
     rules: Callable[[Config], list[Rule]]
     ignored: Callable[[Config], tuple[str, ...]] = lambda config: ()
     prefix: Callable[[dict[str, Any]], str] = lambda settings: ""
+    model_settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda settings: settings
     balances: bool = False
 
 
@@ -176,5 +178,3 @@ def covered(found: Sequence[Part], shapes: Shapes) -> list[str]:
             counted[place.path] = counted.get(place.path, 0) + int(np.prod(place.shape, dtype=np.int64))
     return [path for path, shape in shapes.items() if path != BIAS and counted.get(path, 0) != np.prod(shape, dtype=np.int64)]
 
-
-__all__ = ["BIAS", "Family", "Part", "Place", "Rule", "Tensor", "covered", "moe_layer_paths", "parts", "tensors"]
