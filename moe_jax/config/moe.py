@@ -113,7 +113,7 @@ class MoEConfig:
         choice("moe", self, "gate_on", ("output", "input"))
         choice("moe", self, "router_dtype", ("float32", "bfloat16"))
         choice("moe", self, "second_policy", ("all", "none", "threshold", "random"))
-        choice("moe", self, "group_score", ("max", "top_sum"))
+        choice("moe", self, "group_score", ("max", "top_sum", "top_2_sum"))
         choice("moe", self, "priority", ("max", "sum"))
         choice("moe", self, "bias_update", ("sign", "magnitude"))
         choice("moe", self, "fill_order", ("token_major", "choice_major", "batch_prioritized"))
