@@ -115,8 +115,8 @@ def _generate(params, ids_BS, valid_BS, bias_LE, key, prompt_hash_B, *, config, 
 class Written(NamedTuple):
     """What the model has read and written so far.
 
-    cache: keys and values of T slots, :meth:`moe_jax.models.decoder.Decoder.empty_cache`. segments_BT: 1 where a slot is
-    filled. last_B: the newest token. position_B: that of the next one.
+    cache: keys and values of T slots, :meth:`moe_jax.models.decoder.Decoder.empty_cache`, or the states of LSTMs. segments_BT:
+    1 where a slot is filled. last_B: the newest token. position_B: that of the next one.
     """
 
     cache: Any
@@ -138,9 +138,7 @@ def prefill(params: Any, ids_BS: jax.Array, valid_BS: jax.Array, bias_LE: jax.Ar
     # Positions count from the first real token; padding on the left is seen by nobody.
     positions_BS = jnp.maximum(jnp.cumsum(valid_BS, axis=1, dtype=jnp.int32) - 1, 0)
     segments_BT = jnp.pad(valid_BS.astype(jnp.int32), ((0, 0), (0, slots - width)))
-    # [..., B, T, H, d]: stacked layers lead.
-    cache = jax.tree.map(lambda leaf: jax.reshard(leaf, P(*(None,) * (leaf.ndim - 4), TOKEN_AXES, None, "tensor")),
-                         model.empty_cache(batch, slots))
+    cache = model.empty_cache(batch, slots)
     # A model that was trained to see what it is given from both sides reads prompts so.
     in_prefix_BS = valid_BS if config.data.prefix_attention == "bidirectional" else None
     output = model(ids_BS, positions_BS, valid_BS.astype(jnp.int32), valid_BS, RoutingMode.causal(config), bias_LE, None,

@@ -51,8 +51,10 @@ class LatentAttention(nnx.Module):
             self.sink_H = nnx.Param(jnp.zeros(heads, jnp.float32))
 
     def __call__(self, x_BSD: jax.Array, positions_BS: jax.Array, mask_BST: jax.Array, cache: LayerCache | None = None,
-                 index: jax.Array | int = 0, segment_ids_BS: jax.Array | None = None) -> tuple[jax.Array, LayerCache | None]:
-        """As :meth:`moe_jax.nn.attention.Attention.__call__`; the cache is of latents ``[B, T, R]`` and keys ``[B, T, d]``."""
+                 index: jax.Array | int = 0, segment_ids_BS: jax.Array | None = None,
+                 bias_BHST: None = None) -> tuple[jax.Array, LayerCache | None]:
+        """As :meth:`moe_jax.nn.attention.Attention.__call__`; the cache is of latents ``[B, T, R]`` and keys ``[B, T, d]``.
+        Positions are rotary, so there is no bias."""
         dtype = x_BSD.dtype
         query_BSHd = self._query(x_BSD, positions_BS)
         latent_BTR = latent_BSR = self.latent_norm(self._down(x_BSD, self.w_latent_DR, "DR"))
