@@ -104,6 +104,8 @@ def get_config() -> ConfigDict:
     moe.shared_gate = False           # their output times sigmoid(w·x) with a learned w (Qwen2-MoE)
     moe.residual_ffn = "none"         # one more dense FFN (model.d_ff) in MoE layers: parallel to the experts (OpenMoE's
                                       # paper), or sequential: after them, with a norm of its own (its code, ST-MoE)
+    moe.output_dropout = 0.0          # training drops the routed experts' output of this share of the tokens, evaluation multiplies
+                                      # it with 1 - x (NLLB: 0.2)
     moe.num_identity_experts = 0      # zero-computation experts, chosen like the others, beside num_experts: gate · x
     moe.num_zero_experts = 0          # … 0
     moe.num_constant_experts = 0      # … gate · (α1·x + α2·v) with learned v and (α1, α2) = softmax(W·x) (MoE++)
@@ -119,6 +121,7 @@ def get_config() -> ConfigDict:
     moe.score = "softmax"             # of the logits over experts, or sigmoid of each (DeepSeek-V3, Llama-4)
     moe.gate_order = "softmax_then_top_k"  # or top_k_then_softmax (Mixtral): docs/conventions.md
     moe.renormalize = False           # divide the K gates by their sum (GShard, Qwen3); not with K = 1
+    moe.renormalize_after_drops = False  # divide them by the sum of those that found a slot (NLLB); not with renormalize
     moe.route_scale = 1.0             # the gates times this (DeepSeek-V2: 16, DeepSeek-V3: 2.5)
     moe.gate_on = "output"            # the gate multiplies the expert's output, or its input (Llama-4)
     moe.second_policy = "all"         # which choices after the first are made: all, none, threshold (gate above
@@ -156,8 +159,10 @@ def get_config() -> ConfigDict:
                                       # (docs/parallelism.md)
     moe.capacity_factor = 1.25        # buffer slots per expert over the balanced load (see capacity_counts)
     moe.eval_capacity_factor = 2.0    # the same where eval_dispatch has buffers
-    moe.capacity_counts = "choices"   # balanced load = K·T/E choices (V-MoE), or "tokens" = T/E (flaxformer, OpenMoE);
-                                      # with expert_choice the factor is then the mean number of experts per token
+    moe.expert_capacity = 0           # slots per expert and group, in training and evaluation, instead of the factors; 0 = by them
+                                      # (Switch's checkpoints: 64)
+    moe.capacity_counts = "choices"   # balanced load = K·T/E choices (V-MoE), "tokens" = T/E (flaxformer, OpenMoE), or "group" = T
+                                      # (NLLB); with expert_choice the factor is then the mean number of experts per token
     moe.capacity_rounding = "default" # slots to whole numbers: default = up for choices, nearest for tokens; up, nearest
     moe.capacity_multiple = 1         # round slots up to a multiple of this (V-MoE: 4)
     moe.min_capacity = 4              # slots per expert at least (never more than T)
@@ -165,10 +170,12 @@ def get_config() -> ConfigDict:
                                       # beyond it are dropped; 0 = off (DeepSeek-V2: 1.0)
     moe.undropped_sequences = 0.1     # share of sequences of which it drops nothing (DeepSeek-V2: 0.1)
     moe.padding = "nowhere"           # padding is invisible; for comparison: flaxformer's mask and scatter routers,
-                                      # "in_means" and "takes_slots", and OpenMoE, "routed": docs/conventions.md
+                                      # "in_means" and "takes_slots", OpenMoE, "routed", and Switch's checkpoints,
+                                      # "as_text": docs/conventions.md
     moe.group_size = 0                # tokens that compete for buffer slots; 0 = one sequence (group_over="batch": all
                                       # sequences of a microbatch)
-    moe.group_over = "sequence"       # a group is consecutive tokens, or "batch": one position of many sequences
+    moe.group_over = "sequence"       # a group is consecutive tokens, "batch": one position of many sequences, or "all": all tokens of
+                                      # a microbatch, which one device then holds (NLLB)
     moe.balance_loss = "switch"       # switch, first_choice, gshard, st_moe: docs/conventions.md
     moe.balance_scope = "group"       # statistics over one group, one sequence (row), one document of a packed row, one
                                       # microbatch, or the global batch
@@ -221,6 +228,8 @@ def get_config() -> ConfigDict:
     data.sentinels = 0                # ids at the end of the vocabulary that stand for hidden spans; 0 = as many as a row needs
                                       # (T5: 100, OpenMoE: 300)
     data.prefix_attention = "causal"  # of what is given: causal (OpenMoE), or bidirectional (prefix LM of Raffel et al. 2020)
+    data.target_length = 0            # of an encoder–decoder: tokens per row of the decoder, which writes the targets; the encoder's
+                                      # rows, of what is given, have sequence_length (T5: 114 and 512): docs/encoder_decoder.md
 
     config.mesh = mesh = ConfigDict()
     mesh.data = 0                     # devices along each axis; 0 = what remains

@@ -265,13 +265,14 @@ def test_lists_of_moe_layers_that_cannot_be_are_refused(options, words):
 
 
 def test_the_encoders_moe_layers_follow_the_same_rule_or_are_named():
-    model = ModelConfig(num_layers=6, encoder_layers=4)
-    by_rule = Config(model, MoEConfig(every=2, first=1))
+    model, data = ModelConfig(num_layers=6, encoder_layers=4), DataConfig(objective="span_corruption", target_length=64)
+    by_rule = Config(model, MoEConfig(every=2, first=1), data)
     assert by_rule.decoder_moe_layers == (1, 3, 5) and by_rule.encoder_moe_layers == (1, 3)
-    assert Config(model, MoEConfig(encoder_layers="0,2")).encoder_moe_layers == (0, 2)
+    assert by_rule.moe_layers == (1, 3, 5, 7, 9)  # the encoder's four layers are counted first
+    assert Config(model, MoEConfig(encoder_layers="0,2"), data).encoder_moe_layers == (0, 2)
     assert Config(ModelConfig(num_layers=6)).encoder_moe_layers == ()
     with pytest.raises(ConfigError, match="moe.encoder_layers='0,4': names layer 4, but model.encoder_layers=4; the last is 3"):
-        Config(model, MoEConfig(encoder_layers="0,4"))
+        Config(model, MoEConfig(encoder_layers="0,4"), data)
 
 
 def test_a_dense_model_has_no_moe_layers_and_ignores_the_other_moe_settings():

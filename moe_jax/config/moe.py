@@ -26,6 +26,7 @@ class MoEConfig:
     shared_d_ff: int = 0
     shared_gate: bool = False
     residual_ffn: str = "none"
+    output_dropout: float = 0.0
     num_identity_experts: int = 0
     num_zero_experts: int = 0
     num_constant_experts: int = 0
@@ -36,6 +37,7 @@ class MoEConfig:
     score: str = "softmax"
     gate_order: str = "softmax_then_top_k"
     renormalize: bool = False
+    renormalize_after_drops: bool = False
     route_scale: float = 1.0
     gate_on: str = "output"
     second_policy: str = "all"
@@ -60,6 +62,7 @@ class MoEConfig:
     exchange_chunks: int = 1
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
+    expert_capacity: int = 0
     capacity_counts: str = "choices"
     capacity_rounding: str = "default"
     capacity_multiple: int = 1
@@ -103,7 +106,7 @@ class MoEConfig:
                  "importance_weight", "load_weight", "device_weight", "communication_weight", "router_z_weight",
                  "bias_update_rate", "group_size", "groups_per_token", "num_identity_experts", "num_zero_experts",
                  "num_constant_experts", "device_capacity_factor", "undropped_sequences", "first_dense_layers", "shared_d_ff",
-                 "router_init")
+                 "router_init", "expert_capacity", "output_dropout")
         at_least("moe", self, 1, "experts_per_token", "every", "d_ff", "min_capacity", "num_groups", "capacity_multiple",
                  "exchange_chunks")
         at_least("moe", self, -1, "first")
@@ -117,13 +120,13 @@ class MoEConfig:
         choice("moe", self, "priority", ("max", "sum"))
         choice("moe", self, "bias_update", ("sign", "magnitude"))
         choice("moe", self, "fill_order", ("token_major", "choice_major", "batch_prioritized"))
-        choice("moe", self, "capacity_counts", ("choices", "tokens"))
+        choice("moe", self, "capacity_counts", ("choices", "tokens", "group"))
         choice("moe", self, "capacity_rounding", ("default", "up", "nearest"))
-        choice("moe", self, "padding", ("nowhere", "in_means", "takes_slots", "routed"))
+        choice("moe", self, "padding", ("nowhere", "in_means", "takes_slots", "routed", "as_text"))
         choice("moe", self, "expert_parallelism", ("compiler", "shard_map", "none"))
         choice("moe", self, "row_exchange", ("auto", "padded", "ragged"))
         choice("moe", self, "residual_ffn", ("none", "parallel", "sequential"))
-        choice("moe", self, "group_over", ("sequence", "batch"))
+        choice("moe", self, "group_over", ("sequence", "batch", "all"))
         choice("moe", self, "balance_scope", ("group", "sequence", "document", "microbatch", "global"))
         choice("moe", self, "policy_sampling", ("sample", "greedy"))
         choice("moe", self, "policy_baseline", ("learned", "running", "none"))
@@ -134,6 +137,7 @@ class MoEConfig:
                       "zero_expert_weight", "row_exchange_factor", "activation_limit", "activation_alpha"):
             require(getattr(self, field) > 0, f"moe.{field}", getattr(self, field), "must be above 0.")
         require(self.router_jitter < 1, "moe.router_jitter", self.router_jitter, "must be below 1.")
+        require(self.output_dropout < 1, "moe.output_dropout", self.output_dropout, "must be below 1.")
         for field in ("bias_update", "bias_centered"):
             value, default = getattr(self, field), getattr(MoEConfig, field)
             require(value == default or self.bias_update_rate > 0, f"moe.{field}", value,
@@ -149,6 +153,7 @@ class MoEConfig:
                 f"a token cannot choose more than moe.num_experts={self.num_experts} experts"
                 + (f" and {self.num_zero_computation} without computation." if self.num_zero_computation else "."))
         self._check_kinds_of_experts()
+        self._check_capacity()
         self._check_layers()
         require(self.balance_scope != "document" or self.padding == "nowhere", "moe.padding", self.padding,
                 "counts padding, which belongs to no document; set it to 'nowhere', or moe.balance_scope='sequence'.")
@@ -181,6 +186,17 @@ class MoEConfig:
             value, default = getattr(self, field), getattr(MoEConfig, field)
             require(value == default, f"moe.{field}", value, f"has no effect beside moe.layers={self.layers!r}, which names "
                     f"the MoE layers one by one; set it to {default!r}, or moe.layers=''.")
+
+    def _check_capacity(self):
+        require(not self.renormalize_after_drops or self.num_zero_computation == 0, "moe.renormalize_after_drops",
+                self.renormalize_after_drops, "knows experts with slots only; set moe.num_identity_experts, moe.num_zero_experts "
+                "and moe.num_constant_experts to 0, or it to False.")
+        if not self.expert_capacity:
+            return
+        for field in ("capacity_factor", "eval_capacity_factor", "capacity_counts", "capacity_rounding", "capacity_multiple"):
+            value, default = getattr(self, field), getattr(MoEConfig, field)
+            require(value == default, f"moe.{field}", value, f"has no effect beside moe.expert_capacity={self.expert_capacity}, which "
+                    f"is the number of slots itself; set it to {default!r}, or moe.expert_capacity=0.")
 
     def _check_kinds_of_experts(self):
         widths = self.width_classes

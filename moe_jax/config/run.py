@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_jax.config.attention import AttentionConfig, LayerAttention
 from moe_jax.config.checks import choice, nearest_divisors, nearest_multiples, require
+from moe_jax.config.encoder_decoder import check_encoder_decoder
 from moe_jax.config.lstm import check_lstm
 from moe_jax.config.moe import MoEConfig
 from moe_jax.config.sections import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -35,8 +36,11 @@ class Config:
         self._check_attention()
         if self.model.architecture == "lstm":
             check_lstm(self)
-        if self.moe.is_dense:
-            return
+        if not self.moe.is_dense:
+            self._check_moe()
+        check_encoder_decoder(self)
+
+    def _check_moe(self):
         self._check_layers()
         require(self.model.attention != "splash" or self.moe.padding == "nowhere", "model.attention", self.model.attention,
                 f"sees padding otherwise than the plain one, and moe.padding={self.moe.padding!r} makes that matter; set it "
@@ -149,11 +153,16 @@ class Config:
                 f"moe.num_experts=0 for a dense model.")
 
     def _check_groups(self):
-        length, size = self.data.sequence_length, self.moe.group_size
+        length, size, target = self.data.sequence_length, self.moe.group_size, self.data.target_length
         if size and self.moe.group_over == "sequence":
             require(length % size == 0 or size % length == 0, "moe.group_size", size,
                     f"must divide data.sequence_length={length} or be a multiple of it; nearest legal values: "
                     f"{nearest_divisors(size, length) if size < length else nearest_multiples(size, length)}.")
+            require(size >= length or target <= size or target % size == 0, "moe.group_size", size,
+                    f"must divide data.target_length={target} too, where that is longer; nearest legal values of "
+                    f"data.target_length: {nearest_multiples(target, size)}.")
+        require(size == 0 or self.moe.group_over != "all", "moe.group_size", size,
+                "has no effect with moe.group_over='all'; set it to 0.")
         sequences, microbatch = self.sequences_per_group, self.data.batch_size // self.training.microbatches
         require(microbatch % sequences == 0, "moe.group_size", size,
                 f"one group spans {sequences} sequences, which must divide the {microbatch} sequences of a microbatch; "
@@ -161,8 +170,9 @@ class Config:
 
     @property
     def sequences_per_group(self) -> int:
-        """How many sequences one routing group touches. A group never spans two devices."""
-        if self.moe.group_over == "batch":
+        """How many sequences one routing group touches. A group never spans two devices. (A decoder's groups, behind an
+        encoder, are of as many sequences as the encoder's.)"""
+        if self.moe.group_over in ("batch", "all"):
             return self.moe.group_size or self.data.batch_size // self.training.microbatches
         return max(1, self.moe.group_size // self.data.sequence_length)
 
@@ -221,7 +231,8 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.data.batch_size * self.data.sequence_length
+        """Those of encoder and decoder together."""
+        return self.data.batch_size * (self.data.sequence_length + self.data.target_length)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return dataclasses.asdict(self)

@@ -84,11 +84,12 @@ class DataConfig:
     span_rate: float = 0.15
     sentinels: int = 0
     prefix_attention: str = "causal"
+    target_length: int = 0
 
     def __post_init__(self):
         at_least("data", self, 1, "batch_size")
         at_least("data", self, 2, "sequence_length")
-        at_least("data", self, 0, "max_bytes", "seed")
+        at_least("data", self, 0, "max_bytes", "seed", "target_length")
         require(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
                 "must lie between 0 and 1.")
         self._check_objective()
@@ -109,6 +110,12 @@ class DataConfig:
         require(self.prefix_attention == "causal" or self.objective != "causal", "data.prefix_attention",
                 self.prefix_attention, "has no effect with data.objective='causal', in which nothing is given; set it to "
                 "'causal', or another data.objective.")
+        require(self.target_length == 0 or self.objective != "causal", "data.objective", self.objective,
+                f"gives an encoder nothing to read, but data.target_length={self.target_length} is the length of the rows that a "
+                f"decoder writes behind one; set it to one of {', '.join(map(repr, OBJECTIVES[1:]))}.")
+        require(self.target_length == 0 or self.prefix_attention == "causal", "data.prefix_attention", self.prefix_attention,
+                "has no effect with data.target_length above 0: what is given goes to the encoder, which sees all of it; set it "
+                "to 'causal'.")
         require(not self.streaming or self.objective == "causal", "data.objective", self.objective,
                 "is made of rows of the token store, which data.streaming=True passes by; set data.streaming=False.")
 

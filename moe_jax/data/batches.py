@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_jax.data.documents import TRAIN, VALIDATION, CorpusError, fingerprint_of
-from moe_jax.data.objectives import Recipe, fill_row, recipes_of
+from moe_jax.data.objectives import Recipe, fill_pair, fill_row, recipes_of
 from moe_jax.data.streams import Mixture, Stream, seeded_bits
 from moe_jax.data.token_store import TokenStore, cache_folder, prepare_store, prepare_vocabulary
 from moe_jax.data.vocabularies import PAD_ID, Vocabulary
@@ -47,6 +47,9 @@ PADDING = {
 # Two keys more under other objectives than the causal one; `in_prefix` only where attention asks for it.
 TARGET_PADDING = {"is_target": False}
 PREFIX_PADDING = {"in_prefix": False}
+# What an encoder reads (config.target_length > 0); the other keys are then the decoder's.
+ENCODER = "encoder_"
+ENCODER_PADDING = {ENCODER + name: value for name, value in PADDING.items() if name != "target_ids"}
 # Part of the data's fingerprint: raise it when the same settings give other rows, so that no run resumes on them.
 ORDER_FORMAT = 2
 # The same of rows of other objectives than the causal one.
@@ -106,6 +109,9 @@ class Batches:
     and, with `recipes`,
       is_target bool      the loss counts this target; `valid` says that there is a token, given or to be predicted
       in_prefix bool      only with config.prefix_attention="bidirectional": given, seen by all of the segment's prefix
+    For an encoder–decoder (config.target_length = T > 0; with `recipes`) these, without the last two, are the decoder's, [B, T];
+    what its encoder is given are the same keys with `encoder_` in front, without target_ids, [B, S]. A segment of the one
+    belongs to the segment of the same number of the other.
 
     Training batches are always full (`valid` is True everywhere), but for the ends of rows of `recipes`; the validation
     split is finite and its last batch is padded.
@@ -119,9 +125,11 @@ class Batches:
 
     def __init__(self, store: TokenStore, config, split: str, recipes: Sequence[Recipe] = ()):
         self.split, self.batch_size, self.sequence_length = split, config.batch_size, config.sequence_length
+        self.target_length = config.target_length
         self.tokens = store.splits[split]
         self.domains = store.domains
         self.recipes, self.padding = tuple(recipes), padding_of(config)
+        self._text_lengths = [recipe.text_of_row(config) for recipe in self.recipes]
         self._seed = config.seed if split == TRAIN else VALIDATION_SEED
         weights = parse_domain_weights(config.domain_weights, store.domains) if split == TRAIN else None
         self._mixture = None
@@ -172,7 +180,7 @@ class Batches:
         """Batches that cover the split once (the last one rounded up)."""
         if not self.recipes:
             return -(-self.num_tokens // (self.batch_size * self.sequence_length))
-        read = sum(recipe.denoiser.share * recipe.longest(self.sequence_length) for recipe in self.recipes)
+        read = sum(recipe.denoiser.share * length for recipe, length in zip(self.recipes, self._text_lengths))
         return math.ceil(self.num_tokens / (self.batch_size * read))
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
@@ -194,7 +202,7 @@ class Batches:
             return self._last_rows(begin, end)
         if self._mixture is None:
             return self._stream_rows(self._streams[0], np.arange(begin, end))
-        out = empty_batch(end - begin, self.sequence_length, self.padding)
+        out = self._empty(end - begin)
         if begin == end:
             return out
         streams, numbers = self._mixture.rows(begin, end)
@@ -227,6 +235,12 @@ class Batches:
         is_text_BS = position_BS < stream.num_tokens
         return np.where(is_text_BS, document_BS, -1), np.where(is_text_BS, place_BS, -1)
 
+    def _empty(self, rows: int) -> dict[str, np.ndarray]:
+        """Rows of padding, with the keys of the objective."""
+        if not self.target_length:
+            return empty_batch(rows, self.sequence_length, self.padding)
+        return empty_batch(rows, self.target_length) | empty_batch(rows, self.sequence_length, ENCODER_PADDING)
+
     def _stream_rows(self, stream: Stream, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of one stream called `numbers`."""
         length = self.sequence_length
@@ -237,8 +251,9 @@ class Batches:
 
     def _denoise(self, out: dict[str, np.ndarray], rows: np.ndarray, index: int, numbers: np.ndarray) -> None:
         """Fills the rows of `out` with the examples of one stream's rows called `numbers`."""
-        stream, recipe = self._streams[index], self.recipes[index % len(self.recipes)]
-        length = recipe.longest(self.sequence_length)
+        number_of_recipe = index % len(self.recipes)
+        stream, recipe, length = self._streams[index], self.recipes[number_of_recipe], self._text_lengths[number_of_recipe]
+        fill = fill_pair if self.target_length else fill_row
         for row, number, place in zip(rows, numbers.tolist(), stream.places(numbers, length).tolist()):
             token, document, serial = stream.read(place * length, (place + 1) * length)
             starts = np.flatnonzero(np.diff(serial, prepend=-1))
@@ -247,7 +262,7 @@ class Batches:
                 for piece, first in zip(np.split(token, starts[1:]), document[starts])
             ]
             bits = seeded_bits(self._seed, 4, index, number)
-            fill_row({key: values[row] for key, values in out.items()}, pieces, recipe, bits)
+            fill({key: values[row] for key, values in out.items()}, pieces, recipe, bits)
 
     def _last_rows(self, begin: int, end: int) -> dict[str, np.ndarray]:
         """Rows of a stream that ends after one epoch: what lies past the end is padding."""
@@ -289,6 +304,8 @@ class Batches:
 
 def padding_of(config) -> dict[str, Any]:
     """The keys of a DataConfig's training batches, and what they hold in padding."""
+    if config.target_length:
+        return PADDING | ENCODER_PADDING
     if config.objective == "causal":
         return PADDING
     return PADDING | TARGET_PADDING | (PREFIX_PADDING if config.prefix_attention == "bidirectional" else {})
@@ -394,7 +411,7 @@ class Prefetcher:
 class Data:
     """What a run reads.
 
-    domains: names by domain id. fingerprint: identifies the tokens, their order and their vocabulary.
+    validation: of an encoder–decoder under its objective. domains: names by domain id. fingerprint: identifies the tokens, their order and their vocabulary.
     store: the tokenised corpus (None when streaming).
     objective_validation: the validation split under the objective of training; None if that is causal, as `validation` is.
     """
@@ -437,8 +454,10 @@ def open_data(config, workdir: str) -> Data:
 def data_of_store(store: TokenStore, vocabulary: Vocabulary, config) -> Data:
     """The two splits of a store as batches; says how many documents are longer than the context."""
     recipes, vocabulary = recipes_of(config, vocabulary)
-    train, validation = Batches(store, config, TRAIN, recipes), Batches(store, config, VALIDATION)
-    objective_validation = Batches(store, config, VALIDATION, recipes) if recipes else None
+    train, validation = Batches(store, config, TRAIN, recipes), Batches(store, config, VALIDATION, recipes)
+    objective_validation = None
+    if recipes and not config.target_length:
+        validation, objective_validation = Batches(store, config, VALIDATION), validation
     longer = int((np.diff(train.tokens.offsets_D) > config.sequence_length).sum())
     log.info(
         "data: %d tokens for training (%d steps per epoch), %d for validation; %d of %d documents are longer than %d "
@@ -453,5 +472,6 @@ def data_of_store(store: TokenStore, vocabulary: Vocabulary, config) -> Data:
     fingerprint = fingerprint_of(
         ORDER_FORMAT, store.fingerprint, config.domain_weights, config.sequence_length, config.batch_size, config.seed,
         *((OBJECTIVES_FORMAT, config.prefix_attention, vocabulary.fingerprint, repr(recipes)) if recipes else ()),
+        *((config.target_length,) if config.target_length else ()),
     )  # fmt: skip
     return Data(train, validation, vocabulary, store.domains, fingerprint, store, objective_validation)

@@ -17,7 +17,7 @@ from moe_jax.nn.initializers import normal
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.zero_experts import ZeroComputationExperts
 from moe_jax.routing import ROUTERS
-from moe_jax.routing.assignment import RouterInputs, Routing, in_queue
+from moe_jax.routing.assignment import RouterInputs, Routing, assign_slots, in_queue
 from moe_jax.routing.balance import RouterStatistics, pooled
 from moe_jax.routing.limits import within_device_budget
 from moe_jax.routing.policy import PolicyTerms
@@ -44,8 +44,24 @@ class RouterView:
     logit_norm_BS: jax.Array | None
 
 
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=(), data_fields=("logits_BSE", "combine_BSE", "output_BSD"))
+@dataclasses.dataclass(frozen=True)
+class MoETrace:
+    """What a layer computed, token by token, to compare it with another implementation.
+
+    Attributes:
+      logits_BSE: of the router; None of routers without parameters.
+      combine_BSE: the gates that were applied; 0 for experts not chosen and for choices dropped.
+      output_BSD: the layer's output, that of experts that every token passes included.
+    """
+
+    logits_BSE: jax.Array | None
+    combine_BSE: jax.Array
+    output_BSD: jax.Array
+
+
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(),
-                   data_fields=("router", "kept_GE", "routing_G", "kept_GN", "policy_BS", "copies_GP", "view"))
+                   data_fields=("router", "kept_GE", "routing_G", "kept_GN", "policy_BS", "copies_GP", "view", "trace"))
 @dataclasses.dataclass(frozen=True)
 class MoEStatistics:
     """What one layer reports beside its output; a scan over layers stacks it.
@@ -58,6 +74,7 @@ class MoEStatistics:
       policy_BS: per token, of a router that is a policy in training, else None.
       copies_GP: choices each copy of an expert really computed; None without ``moe.expert_copies``.
       view: of the router, token by token; None unless asked for (``inspect``).
+      trace: of the layer, token by token; None unless asked for (``trace``).
     """
 
     router: RouterStatistics
@@ -67,6 +84,7 @@ class MoEStatistics:
     policy_BS: PolicyTerms | None = None
     copies_GP: jax.Array | None = None
     view: RouterView | None = None
+    trace: MoETrace | None = None
 
 
 # Dispatchers that compute every assignment.
@@ -84,6 +102,7 @@ class RoutingMode:
       noise: route as in training: draw the router's noise (needs a key), balance where a router does so only there.
       router: a name in ``moe_jax.routing.ROUTERS`` instead of the config's; '' = the config's.
       inspect: also return what each router saw and made of it (:class:`RouterView`).
+      trace: also return what each layer computed (:class:`MoETrace`, ``Output.layers_LBSD``).
     """
 
     dispatch: str
@@ -92,6 +111,7 @@ class RoutingMode:
     noise: bool = False
     router: str = ""
     inspect: bool = False
+    trace: bool = False
 
     @classmethod
     def training(cls, config: Config, record: bool = False) -> "RoutingMode":
@@ -204,10 +224,17 @@ class MoELayer(nnx.Module):
             listed_G = over_groups(functools.partial(within_device_budget, moe=moe), listed_G, valid_GT, undropped_GT)
         if moe.second_in_queue and mode.dispatch in WITHOUT_DROPS:  # no buffers, no queues
             listed_G = dataclasses.replace(listed_G, expert_N=jnp.minimum(listed_G.expert_N, moe.num_routed_experts))
+        if moe.renormalize_after_drops:
+            slots = capacity if mode.dispatch not in WITHOUT_DROPS else x_GTD.shape[1]
+            gate_GN = over_groups(functools.partial(shared_among_kept, num_experts=moe.num_experts, capacity=slots,
+                                                    tokens=x_GTD.shape[1]), listed_G)
+            listed_G, routing_G = (dataclasses.replace(each, gate_N=gate_GN) for each in (listed_G, routing_G))
         if moe.expert_copies:
             listed_G = self._to_copies(listed_G)
         y_GTD, kept_GN = self._experts(x_GTD, listed_G, dispatcher_of(self.config, mode.dispatch), capacity)
         y_BSD = groups.join(y_GTD)
+        if moe.output_dropout:
+            y_BSD = self._dropped_out(y_BSD, mode, key)
         if moe.num_shared_experts:
             y_BSD = y_BSD + self._shared(x_BSD)
         kept_GE = over_groups(functools.partial(_count, num_experts=moe.num_routed_experts), routing_G.expert_N, kept_GN)
@@ -221,6 +248,11 @@ class MoELayer(nnx.Module):
                 statistics, routing_G=dataclasses.replace(routing_G, statistics=None), kept_GN=kept_GN)
         if mode.inspect:
             statistics = dataclasses.replace(statistics, view=_view(x_BSD, routing_G.statistics, inputs_G, groups))
+        if mode.trace:
+            combine_GTE = over_groups(functools.partial(_combine, tokens=x_GTD.shape[1], num_experts=moe.num_routed_experts),
+                                      dataclasses.replace(routing_G, statistics=None), kept_GN)
+            logits_BSE = None if inputs_G.logits_TE is None else groups.join(inputs_G.logits_TE)
+            statistics = dataclasses.replace(statistics, trace=MoETrace(logits_BSE, groups.join(combine_GTE), y_BSD))
         return y_BSD, statistics
 
     def choices(self, x_BSD: jax.Array, valid_BS: jax.Array, mode: RoutingMode, bias_E: jax.Array, token_ids_BS: jax.Array,
@@ -236,7 +268,7 @@ class MoELayer(nnx.Module):
                        replay_BSK=None, noise_BSE=None):
         """What the router looks at, every leaf led by G."""
         moe, router = self.config.moe, ROUTERS[mode.router or self.config.moe.router]
-        if moe.padding == "routed":
+        if moe.padding in ("routed", "as_text"):
             valid_BS = jnp.ones_like(valid_BS)
         x_GTD, valid_GT = groups.split(x_BSD), groups.split(valid_BS)
         key_G = self._group_keys(x_GTD.shape[0], mode, key, router)
@@ -259,6 +291,15 @@ class MoELayer(nnx.Module):
         gate_BS = jax.nn.sigmoid(jnp.einsum("BSD,D->BS", x_BSD.astype(jnp.float32), self.w_shared_gate_D[...],
                                             precision=jax.lax.Precision.HIGHEST))
         return y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype)
+
+    def _dropped_out(self, y_BSD, mode, key):
+        """Training: 0 for a random ``moe.output_dropout`` of the tokens; else what that comes to on average."""
+        rate = self.config.moe.output_dropout
+        if not mode.noise or key is None:
+            return y_BSD * (1 - rate)
+        # Folded with a number that no use of the key inside a group has (``_group_keys`` splits it).
+        kept_BS = jax.random.bernoulli(jax.random.fold_in(key, 2**31), 1 - rate, y_BSD.shape[:2])
+        return jnp.where(jax.reshard(kept_BS, spec("BS", ACTIVATIONS))[:, :, None], y_BSD, 0)
 
     def _to_copies(self, routing_G):
         """The lists with copies in the place of experts; the g-th group begins with the g-th copy of each."""
@@ -375,6 +416,15 @@ def dispatcher_of(config: Config, name: str) -> Callable:
     return dispatcher(name, config.moe, config.mesh.expert_nodes, config.nodes_per_token)
 
 
+def shared_among_kept(routing: Routing, num_experts: int, capacity: int, tokens: int) -> jax.Array:
+    """Gates divided by the sum of those of the token's choices that find a slot, fp32 ``[N]`` (NLLB-MoE)."""
+    _, kept_N = assign_slots(routing.expert_N, num_experts, capacity)
+    gate_N = jnp.where(kept_N, routing.gate_N, 0.0)
+    total_T = jnp.zeros(tokens, jnp.float32).at[routing.token_N].add(gate_N)
+    # A lone gate so small that it would count as nothing must not divide by itself.
+    return gate_N / jnp.maximum(total_T, jnp.finfo(jnp.float32).eps)[routing.token_N]
+
+
 def part_of(routing: Routing, first: int, count: int, total: int) -> Routing:
     """The list as ``count`` experts from ``first`` on see it, counted from 0: whoever goes elsewhere goes nowhere."""
     if count == total:
@@ -393,6 +443,12 @@ def _view(x_BSD, terms_GT, inputs_G, groups):
     if inputs_G.logits_TE is not None:
         norm_BS = groups.join(jnp.sqrt(jnp.sum(inputs_G.logits_TE**2, axis=-1)))
     return RouterView(x_BSD, groups.join(terms_GT.entropy), groups.join(terms_GT.confidence), norm_BS)
+
+
+def _combine(routing, kept_N, tokens, num_experts):
+    """[T, E]: the gate of every choice that was computed."""
+    gates_TE = jnp.zeros((tokens, num_experts), routing.gate_N.dtype)
+    return gates_TE.at[routing.token_N, routing.expert_N].add(jnp.where(kept_N, routing.gate_N, 0.0), mode="drop")
 
 
 def _count(expert_N, kept_N, num_experts):
@@ -419,6 +475,8 @@ class GroupLayout:
             sequences = local_batch
         if moe.group_over == "batch":
             return sequences, 1
+        if moe.group_over == "all":
+            return local_batch, self.length
         positions = moe.group_size if 0 < moe.group_size < self.length else self.length
         return sequences, positions if self.length % positions == 0 else self.length
 

@@ -23,6 +23,8 @@ from moe_jax.routing.token_choice import OPTIONS, check_top_k, draws, noisy_top_
 
 
 def _capacity(tokens: int, moe: MoEConfig, factor: float) -> int:
+    if moe.expert_capacity:
+        return min(tokens, moe.expert_capacity)
     # A zero-computation expert gets 1/τ times the load of another where the balancing loss is lowest (Jin et al. 2024).
     experts = moe.num_experts + moe.num_zero_computation / moe.zero_expert_weight
     return expert_capacity(tokens, experts, moe.experts_per_token, factor, moe.capacity_counts,
@@ -107,7 +109,7 @@ ROUTERS: dict[str, Router] = {
 
 def has_fixed_choices(moe: MoEConfig) -> bool:
     """Whether every valid token makes exactly ``moe.experts_per_token`` choices."""
-    return ROUTERS[moe.router].fixed_choices and moe.second_policy == "all" and moe.padding not in ("takes_slots", "routed")
+    return ROUTERS[moe.router].fixed_choices and moe.second_policy == "all" and moe.padding not in ("takes_slots", "routed", "as_text")
 
 
 def check_router(moe: MoEConfig) -> None:
@@ -146,9 +148,9 @@ def _check_slots(moe: MoEConfig) -> None:
     """Refuses a way to count slots where there are none."""
     capacity = ROUTERS[moe.router].capacity
     buffers = not {moe.dispatch, moe.eval_dispatch} <= {"dropless", "reference"}
-    if capacity is expert_choice_capacity or capacity is _capacity and buffers:
+    if capacity is _capacity and buffers or capacity is expert_choice_capacity and not moe.expert_capacity:
         return
-    for field in ("capacity_rounding", "capacity_multiple"):
+    for field in ("expert_capacity", "capacity_rounding", "capacity_multiple"):
         value, default = getattr(moe, field), getattr(MoEConfig, field)
         if value != default:
             raise ConfigError(f"moe.{field}={value!r}: has no effect with moe.router={moe.router!r}, moe.dispatch="

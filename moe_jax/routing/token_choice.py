@@ -10,7 +10,7 @@ from moe_jax.routing.limits import check_limits, choices_made, in_best_groups, t
 from moe_jax.routing.scores import SCORES, chance_above, learned_noise_std, rankable, shares, without_nan
 
 # Fields of MoEConfig that these routers read and others refuse.
-OPTIONS = ("score", "route_scale", "second_policy", "second_threshold", "second_in_queue", "num_groups", "groups_per_token",
+OPTIONS = ("renormalize_after_drops", "score", "route_scale", "second_policy", "second_threshold", "second_in_queue", "num_groups", "groups_per_token",
            "group_score", "priority", "padding", "importance_weight", "load_weight", "device_weight",
            "communication_weight", "device_capacity_factor")
 
@@ -135,6 +135,10 @@ def load_over_all(clean_TE: jax.Array, noisy_TE: jax.Array, std_TE: jax.Array, c
 def check_top_k(moe: MoEConfig) -> None:
     """Refuses gate options that cannot work together."""
     normalised = moe.renormalize or moe.gate_order == "top_k_then_softmax"
+    if normalised and moe.renormalize_after_drops:
+        raise ConfigError("moe.renormalize_after_drops=True: the gates would be divided by their sum twice; set "
+                          "moe.renormalize=False and moe.gate_order='softmax_then_top_k', or it to False.")
+    normalised = normalised or moe.renormalize_after_drops
     if moe.experts_per_token == 1 and normalised:
         raise ConfigError(
             "moe.experts_per_token=1: with one expert per token a renormalised gate is always 1 and the router gets no "

@@ -74,7 +74,7 @@ def forward_flops_per_token(config: Config, vocab_size: int, length: int) -> flo
     Per layer: projections 2·D·d·(2H + 2H_kv); scores and values 2·2·H·d·(length/2); FFN 2·matrices·D·F; a MoE layer
     K times that of an expert, shared experts and their gate 2·D, a residual FFN if it has one, the router, if it learns,
     2·D·E (with two levels 2·D·(E + X)) and constant experts 2·3·D each. Output layer 2·D·V. Norms, biases, softmax and the embedding
-    look-up are left out.
+    look-up are left out. A layer of an LSTM has 2·4·2·D² in the place of attention, and no FFN but its mixture.
     """
     return _flops(config, vocab_size, length, config.model.num_layers, len(config.moe_layers), 1)
 
@@ -86,6 +86,8 @@ def _flops(config: Config, vocab_size: int, length: int, layers: int, moe_layers
     attention = 2 * model.d_model * model.head_dim * 2 * heads + 2 * model.num_heads * model.head_dim * length
     dense = 2 * activation(model.activation).matrices * model.d_model * model.d_ff
     dense_layers = layers - (moe_layers if moe.residual_ffn == "none" else 0)
+    if model.architecture == "lstm":
+        attention, dense_layers = 2 * 4 * 2 * model.d_model**2, 0
     total = layers * attention + dense_layers * dense + outputs * 2 * model.d_model * vocab_size
     if moe_layers:
         shared = moe.shared_width * activation(moe.activation).matrices * model.d_model + moe.shared_gate * model.d_model
@@ -122,4 +124,6 @@ def group_tokens(config: Config) -> int:
     """T: tokens in one routing group of a training batch."""
     if config.moe.group_over == "batch":
         return config.sequences_per_group
+    if config.moe.group_over == "all":
+        return config.sequences_per_group * config.data.sequence_length
     return config.moe.group_size or config.data.sequence_length
