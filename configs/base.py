@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     model.mtp_depth = 0               # multi-token prediction (DeepSeek-V3: 1): so many further tokens are predicted, each by
                                       # a block of its own, in training only
     model.encoder_layers = 0          # above 0: an encoder–decoder; num_layers are then the decoder's
+    model.encoder_embedding = False   # its encoder has an embedding table of its own
     model.architecture = "transformer"  # transformer, or lstm (Shazeer 2017): num_layers LSTMs of d_model units, with a
                                       # mixture behind those that moe.every, moe.first say, and no other FFN
     model.dropout = 0.0               # lstm: training drops this share of the embeddings and of every layer's output

@@ -25,6 +25,8 @@ def check_encoder_decoder(config: Any) -> None:
         require(data.target_length == 0, "data.target_length", data.target_length,
                 "is of the rows that a decoder writes behind an encoder, but model.encoder_layers=0; set it to 0, or "
                 "model.encoder_layers.")
+        require(not config.model.encoder_embedding, "model.encoder_embedding", config.model.encoder_embedding,
+                "is of an encoder, but model.encoder_layers=0; set it to False, or model.encoder_layers.")
         return
     require(data.objective != "causal", "data.objective", data.objective,
             f"gives the encoder nothing to read, but model.encoder_layers={layers}; set it to one of "

@@ -40,6 +40,7 @@ class ModelConfig:
     scan_layers: bool = True
     mtp_depth: int = 0
     encoder_layers: int = 0
+    encoder_embedding: bool = False
     architecture: str = "transformer"
     dropout: float = 0.0
 

@@ -10,9 +10,11 @@ from flax import nnx
 
 from moe_jax.config import Config
 from moe_jax.models.stack import Block, Inputs, LayerKind, Runner, Stack, concatenated, stack_pattern
+from moe_jax.nn.cache import limited_mask
 from moe_jax.nn.embedding import Embedding
 from moe_jax.nn.moe import MoEStatistics, RoutingMode
 from moe_jax.nn.multi_token import FurtherToken, ahead, sees_ahead
+from moe_jax.nn.positions import sinusoidal
 from moe_jax.sharding import ACTIVATIONS, spec
 
 
@@ -47,25 +49,45 @@ def attention_mask(segment_ids_BS: jax.Array, key_segment_ids_BT: jax.Array, val
     return same_BST & seen_BST & valid_BS[:, :, None]
 
 
+def limited_masks(config: Config, *arguments: Any) -> dict[str, jax.Array]:
+    """:func:`moe_jax.nn.cache.limited_mask` of each span that layers are limited to."""
+    spans = sorted({layer.span for layer in config.attention_layers} - {"full"})
+    return {span: limited_mask(config.attention, span, *arguments) for span in spans}
+
+
 def decoder_kinds(config: Config) -> tuple[LayerKind, ...]:
     """The kinds of the decoder's layers."""
     return tuple(LayerKind(i in config.decoder_moe_layers, attention, config.model.encoder_layers > 0)
                  for i, attention in enumerate(config.attention_layers))
 
 
+def encoder_kinds(config: Config) -> tuple[LayerKind, ...]:
+    """The kinds of an encoder's layers; none without one."""
+    return tuple(LayerKind(i in config.encoder_moe_layers) for i in range(config.model.encoder_layers))
+
+
 def layer_paths(config: Config) -> dict[str, tuple[int, ...]]:
     """Where the parameters of layers lie: ``'body/layers/1'`` -> which layers, 0 … ``num_layers`` − 1, and from there on those of
     multi-token prediction. Arrays below ``body`` are stacked over these; elsewhere there is one of them, and no leading
-    dimension."""
+    dimension. An encoder's layers come first, and are counted first."""
     if config.model.architecture == "lstm":
         return {f"layers/{i}": (i,) for i in range(config.model.num_layers)}
-    kinds = decoder_kinds(config)
+    encoder, model = encoder_kinds(config), config.model
+    return {**{f"encoder/{where}": layers for where, layers in stack_paths(config, encoder).items()},
+            **{where: tuple(len(encoder) + i for i in layers)
+               for where, layers in stack_paths(config, decoder_kinds(config)).items()},
+            **{f"mtp/{i}/block/layers/0": (model.num_layers + i,) for i in range(model.mtp_depth)}}
+
+
+def stack_paths(config: Config, kinds: tuple[LayerKind, ...]) -> dict[str, tuple[int, ...]]:
+    """:func:`layer_paths` of one stack, without what stands before it."""
+    if not kinds:
+        return {}
     prefix, period, repeats = stack_pattern(config, kinds)
     end = prefix + period * repeats
     return {**{f"first/{i}/layers/0": (i,) for i in range(prefix)},
             **{f"body/layers/{i}": tuple(prefix + i + period * r for r in range(repeats)) for i in range(period)},
-            **{f"last/{i - end}/layers/0": (i,) for i in range(end, len(kinds))},
-            **{f"mtp/{i}/block/layers/0": (len(kinds) + i,) for i in range(config.model.mtp_depth)}}
+            **{f"last/{i - end}/layers/0": (i,) for i in range(end, len(kinds))}}
 
 
 def moe_layer_paths(config: Config) -> dict[str, tuple[int, ...]]:
@@ -76,19 +98,29 @@ def moe_layer_paths(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(),
-                   data_fields=("logits_BSV", "statistics", "cache", "further_logits"))
+                   data_fields=("logits_BSV", "statistics", "cache", "further_logits", "layers_LBSD", "encoder_layers_LBTD"))
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Logits in fp32; ``statistics``: MoEStatistics whose leaves lead with L, the MoE layers in order (None if dense).
+    """Logits in fp32; ``statistics``: MoEStatistics whose leaves lead with L, the MoE layers in order (None if dense); of an
+    encoder–decoder, whose groups are not alike, a pair (:func:`of_stacks`).
 
     ``further_logits``: ``[B, S, V]`` of each depth of multi-token prediction, if asked for; its layers are then the last in
-    ``statistics``.
+    ``statistics``. ``layers_LBSD``: for ``mode.trace``, the stream behind each layer, before the last norm;
+    ``encoder_layers_LBTD`` the same of an encoder.
     """
 
     logits_BSV: jax.Array
-    statistics: MoEStatistics | None
+    statistics: MoEStatistics | tuple[MoEStatistics | None, ...] | None
     cache: Any = None
     further_logits: tuple[jax.Array, ...] = ()
+    layers_LBSD: jax.Array | None = None
+    encoder_layers_LBTD: jax.Array | None = None
+
+
+def of_stacks(statistics: Any) -> list[MoEStatistics]:
+    """``Output.statistics`` as those of each stack that has MoE layers, the encoder's first."""
+    parts = statistics if isinstance(statistics, tuple) else (statistics,)
+    return [part for part in parts if part is not None]
 
 
 class Decoder(Stack):
@@ -124,31 +156,45 @@ class Decoder(Stack):
             what comes later. With a cache only in the call that fills it from slot 0. None: causal attention.
           next_ids_BS: the targets, for multi-token prediction; without a cache. None: there is none.
         """
+        inputs = self.inputs_of(input_ids_BS, positions_BS, segment_ids_BS, valid_BS, mode, key, cache is not None,
+                                key_segment_ids_BT, index, previous_ids_BS, in_prefix_BS)
+        output, x_BSD = self.decode(inputs, mode, bias_LE, key, cache, replay_LBSK)
+        if next_ids_BS is None:
+            return output
+        further, more = self._further(x_BSD, next_ids_BS, inputs, mode, bias_LE[len(self.config.moe_layers):], key, in_prefix_BS)
+        return dataclasses.replace(output, statistics=concatenated([output.statistics, *more]), further_logits=further)
+
+    def inputs_of(self, input_ids_BS, positions_BS, segment_ids_BS, valid_BS, mode, key, cached, key_segment_ids_BT, index,
+                  previous_ids_BS, in_prefix_BS=None) -> Inputs:
+        """What the layers see; arguments as in a call."""
         config = self.config
         if key_segment_ids_BT is None:
             key_segment_ids_BT = segment_ids_BS
         if previous_ids_BS is None:
             previous_ids_BS = left_neighbours(input_ids_BS, positions_BS)
         # Where padding is routed or counted, what attention makes of it matters, and there the mask says more.
-        alone = (cache is None or isinstance(index, int) and index == 0) and config.moe.padding == "nowhere"
+        alone = (not cached or isinstance(index, int) and index == 0) and config.moe.padding == "nowhere"
         alone = alone and in_prefix_BS is None
         mask_BST = attention_mask(segment_ids_BS, key_segment_ids_BT, valid_BS, index, in_prefix_BS)
-        inputs = Inputs(input_ids_BS, positions_BS, mask_BST, valid_BS, previous_ids_BS, index,
-                        text_positions(input_ids_BS, valid_BS) if config.moe.padding == "routed" else None,
-                        segment_ids_BS, _undropped(config, valid_BS, mode, key),
-                        jnp.where(valid_BS, segment_ids_BS, 0) if alone else None)
+        return Inputs(input_ids_BS, positions_BS, mask_BST, valid_BS, previous_ids_BS, index,
+                      text_positions(input_ids_BS, valid_BS) if config.moe.padding == "routed" else None,
+                      segment_ids_BS, undropped(config, valid_BS, mode, key),
+                      jnp.where(valid_BS, segment_ids_BS, 0) if alone else None,
+                      masks=limited_masks(config, positions_BS, segment_ids_BS, key_segment_ids_BT, valid_BS, index, cached))
+
+    def decode(self, inputs: Inputs, mode: RoutingMode, bias_LE: jax.Array | None, key: jax.Array | None, cache: Any,
+               replay_LBSK: jax.Array | None = None) -> tuple[Output, jax.Array]:
+        """The output of a call, and the stream before the last norm."""
+        config = self.config
         if bias_LE is None:
             bias_LE = jnp.zeros((len(config.trained_moe_layers), max(config.moe.num_routed_experts, 1)), jnp.float32)
         keys = None
         if mode.noise and key is not None:
             keys = jax.random.split(key, config.model.num_layers)
-        x_BSD = self.embedding.encode(input_ids_BS, jnp.dtype(config.model.dtype))
-        x_BSD, cache, statistics = self.run_layers(x_BSD, inputs, mode, cache, bias_LE, keys, replay_LBSK)
+        x_BSD = embedded(self.embedding, inputs, config)
+        x_BSD, cache, statistics, layers_LBSD = self.run_layers(x_BSD, inputs, mode, cache, bias_LE, keys, replay_LBSK)
         logits_BSV = self.embedding.decode(inputs.present(self.final_norm(x_BSD)))
-        if next_ids_BS is None:
-            return Output(logits_BSV, statistics, cache)
-        further, more = self._further(x_BSD, next_ids_BS, inputs, mode, bias_LE[len(config.moe_layers):], key, in_prefix_BS)
-        return Output(logits_BSV, concatenated([statistics, *more]), cache, further)
+        return Output(logits_BSV, statistics, cache, layers_LBSD=layers_LBSD), x_BSD
 
     def _further(self, x_BSD, next_ids_BS, inputs, mode, bias_LE, key, in_prefix_BS):
         """Logits ``[B, S, V]`` of each depth of multi-token prediction, and its statistics."""
@@ -164,24 +210,36 @@ class Decoder(Stack):
                 inputs, token_ids_BS=ids_BS, previous_ids_BS=previous_ids_BS, valid_BS=valid_BS,
                 mask_BST=attention_mask(segment_ids_BS, segment_ids_BS, valid_BS, 0, given_BS),
                 undropped_BS=None if inputs.undropped_BS is None else inputs.undropped_BS & valid_BS,
-                attended_BS=None if inputs.attended_BS is None else jnp.where(valid_BS, segment_ids_BS, 0))
+                attended_BS=None if inputs.attended_BS is None else jnp.where(valid_BS, segment_ids_BS, 0),
+                masks=limited_masks(config, inputs.positions_BS, segment_ids_BS, segment_ids_BS, valid_BS))
             keys = None
-            if mode.noise and key is not None:  # other keys than those of the layers and of _undropped
+            if mode.noise and key is not None:  # other keys than those of the layers and of undropped
                 keys = jax.random.fold_in(key, config.model.num_layers + depth)[None]
             x_BSD = module.join(x_BSD, self.embedding.encode(ids_BS, x_BSD.dtype))
             run = Runner(config, inputs, mode, bias_LE[depth - 1 : depth], keys, None)
-            x_BSD, _, stats = run.block(module.block, x_BSD, [None])
+            x_BSD, _, stats, _ = run.block(module.block, x_BSD, [None])
             logits.append(self.embedding.decode(inputs.present(module.final_norm(x_BSD))))
             statistics.append(stats)
         return tuple(logits), statistics
 
-def _undropped(config, valid_BS, mode, key):
+
+def embedded(embedding: Embedding, inputs: Inputs, config: Config) -> jax.Array:
+    """What enters the first layer, [B, S, D]: embeddings and, with ``attention.positions='sinusoidal'``, sines; not in padding."""
+    x_BSD = embedding.encode(inputs.token_ids_BS, jnp.dtype(config.model.dtype))
+    if config.attention.positions != "sinusoidal":
+        return x_BSD
+    added_BSD = sinusoidal(inputs.positions_BS, config.model.d_model, config.attention.first_position)
+    return x_BSD + jnp.where(inputs.valid_BS[:, :, None], added_BSD, 0).astype(x_BSD.dtype)
+
+
+def undropped(config: Config, valid_BS: jax.Array, mode: RoutingMode, key: jax.Array | None) -> jax.Array | None:
     """The tokens of a random ``moe.undropped_sequences`` of the rows, the same in all layers; None where devices drop
     nothing."""
     if not (config.moe.device_capacity_factor and mode.noise) or key is None:
         return None
     # The layers' keys, split from it, are those that 0 … num_layers - 1 would give.
-    chance_B = jax.random.uniform(jax.random.fold_in(key, config.model.num_layers), valid_BS.shape[:1])
+    number = max(config.model.num_layers, config.model.encoder_layers)
+    chance_B = jax.random.uniform(jax.random.fold_in(key, number), valid_BS.shape[:1])
     return valid_BS & jax.reshard(chance_B < config.moe.undropped_sequences, spec("B", ACTIVATIONS))[:, None]
 
 

@@ -86,6 +86,12 @@ class Layer(nnx.Module):
             x_BSD = x_BSD + self.residual(inputs.present(self.residual_norm(x_BSD)))
         return x_BSD, cache, statistics
 
+    def empty_cache(self, batch: int, slots: int, given: int = 0, stacked: tuple[int, ...] = ()) -> Any:
+        """What it keeps of ``slots`` tokens, and of ``given`` ones of an encoder, zeros; of so many layers, if there are several in
+        one."""
+        cache = self.attention.empty_cache(batch, slots, stacked)
+        return (cache, self.cross_attention.empty_cache(batch, given, stacked)) if self.crosses else cache
+
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(),
                    data_fields=("token_ids_BS", "positions_BS", "mask_BST", "valid_BS", "previous_ids_BS", "index",
@@ -95,8 +101,9 @@ class Layer(nnx.Module):
 class Inputs:
     """What every layer sees beside the residual stream; ``present_BS`` only where padding is routed, ``undropped_BS``
     only where devices drop choices, ``attended_BS`` only where it says all that the mask says: segments, 0 for padding.
-    ``masks`` are those of layers that do not see everything, by what they see instead of ``mask_BST``. ``bias_BHST`` is that of relative positions (B = 1). In a decoder with an encoder, ``encoded_BTD`` is its output – None
-    where the cache holds what is made of it – and ``crossed_mask_BST`` says who may see what of it."""
+    ``masks``, by span, stand for ``mask_BST`` in layers that do not see everything. ``bias_BHST`` is that of relative
+    positions (B = 1). In a decoder with an encoder, ``encoded_BTD`` is its output – None where the cache holds what is made of
+    it – and ``crossed_mask_BST`` says who may see what of it."""
 
     token_ids_BS: jax.Array
     positions_BS: jax.Array
@@ -125,18 +132,21 @@ class Block(nnx.Module):
         self.layers = nnx.List([Layer(config, kind, rngs) for kind in kinds])
 
     def __call__(self, x_BSD, inputs, mode, caches, bias_ME, keys, replay_MBSK=None):
-        """``bias_ME``, replays and statistics lead with M, this block's MoE layers; ``caches`` is a list over layers."""
-        statistics, new_caches, moe = [], [], 0
+        """``bias_ME``, replays and statistics lead with M, this block's MoE layers; ``caches`` is a list over layers.
+
+        Returns the stream, the caches, the statistics, and, for ``mode.trace``, the stream behind each layer."""
+        statistics, new_caches, streams, moe = [], [], [], 0
         for i, layer in enumerate(self.layers):
             key = None if keys is None else keys[i]
             bias_E = bias_ME[moe] if layer.is_moe else None
             replay_BSK = replay_MBSK[moe] if layer.is_moe and replay_MBSK is not None else None
             x_BSD, cache, stats = layer(x_BSD, inputs, mode, caches[i], bias_E, key, replay_BSK)
             new_caches.append(cache)
+            streams.append(x_BSD)
             if layer.is_moe:
                 moe += 1
                 statistics.append(stats)
-        return x_BSD, new_caches, statistics
+        return x_BSD, new_caches, statistics, jnp.stack(streams) if mode.trace else None
 
 
 def layer_pattern(kinds: tuple[Any, ...]) -> tuple[int, int, int]:
@@ -189,7 +199,8 @@ class Stack(nnx.Module):
           bias_LE, replay_LBSK: of the stack's MoE layers in order. keys: one for each of its layers.
 
         Returns:
-          The stream [B, S, D], the cache with this call's tokens in it, and statistics that lead with L (None if dense).
+          The stream [B, S, D], the cache with this call's tokens in it, statistics that lead with L (None if dense), and for
+          ``mode.trace`` the stream behind each layer, [L, B, S, D], with L all layers of the stack.
         """
         if self.config.attention.positions == "relative":
             bias_BHST = relative_bias(self.relative_bias_XH[...], x_BSD.shape[1], inputs.mask_BST.shape[2], inputs.index,
@@ -199,29 +210,28 @@ class Stack(nnx.Module):
         run = Runner(self.config, inputs, mode, bias_LE, keys, replay_LBSK)
         caches = cache if cache is not None else run.no_cache(prefix, period, repeats, len(self.last))
         first, body, last = caches["first"], caches["body"], caches["last"]
-        statistics, new_first, new_last = [], [], []
+        statistics, streams, new_first, new_last = [], [], [], []
         for block, block_cache in zip(self.first, first):
-            x_BSD, block_cache, stats = run.block(block, x_BSD, block_cache)
+            x_BSD, block_cache, stats, stream = run.block(block, x_BSD, block_cache)
             new_first.append(block_cache)
             statistics.append(stats)
-        x_BSD, body, stats = run.repeated(self.body, x_BSD, body, period, repeats)
+            streams.append(stream)
+        x_BSD, body, stats, stream = run.repeated(self.body, x_BSD, body, period, repeats)
         statistics.append(stats)
+        streams.append(stream)
         for block, block_cache in zip(self.last, last):
-            x_BSD, block_cache, stats = run.block(block, x_BSD, block_cache)
+            x_BSD, block_cache, stats, stream = run.block(block, x_BSD, block_cache)
             new_last.append(block_cache)
             statistics.append(stats)
+            streams.append(stream)
         new_cache = {"first": new_first, "body": body, "last": new_last} if cache is not None else None
-        return x_BSD, new_cache, concatenated(statistics)
+        return x_BSD, new_cache, concatenated(statistics), jnp.concatenate(streams) if mode.trace else None
 
-    def empty_cache(self, batch: int, slots: int) -> dict[str, Any]:
-        """Keys and values for ``slots`` tokens, zeros; put where the batch lies by the caller's jit."""
-        model = self.config.model
-        shape = (batch, slots, model.num_kv_heads, model.head_dim)
-        pair = lambda *lead: tuple(jnp.zeros((*lead, *shape), jnp.dtype(model.dtype)) for _ in range(2))
-        prefix, period, repeats = self.pattern
-        return {"first": [[pair()] for _ in range(prefix)],
-                "body": [pair(repeats) for _ in range(period)],
-                "last": [[pair()] for _ in range(len(self.last))]}
+    def empty_cache(self, batch: int, slots: int, given: int = 0) -> dict[str, Any]:
+        """What the layers keep of ``slots`` tokens, and of ``given`` ones of an encoder, zeros, on the mesh in context."""
+        of = lambda block, *stacked: [layer.empty_cache(batch, slots, given, stacked) for layer in block.layers]
+        return {"first": [of(block) for block in self.first], "body": of(self.body, self.pattern[2]),
+                "last": [of(block) for block in self.last]}
 
 
 class Runner:
@@ -243,7 +253,7 @@ class Runner:
         return self.bias_LE[here], keys, replay
 
     def block(self, block, x_BSD, caches):
-        """One block that is not repeated; statistics lead with M."""
+        """One block that is not repeated; statistics lead with M, the streams behind its layers with their number."""
         moe_layers = sum(layer.is_moe for layer in block.layers)
         bias_ME, keys, replay_MBSK = self._take(len(block.layers), moe_layers)
         graph, state = nnx.split(block)
@@ -252,8 +262,8 @@ class Runner:
             return nnx.merge(graph, state)(x_BSD, inputs, self.mode, caches, bias_ME, keys, replay_MBSK)
 
         apply = _rematerialised(apply, self.config.model.remat)
-        x_BSD, caches, statistics = apply(state, x_BSD, self.inputs, caches, bias_ME, keys, replay_MBSK)
-        return x_BSD, caches, _stacked(statistics)
+        x_BSD, caches, statistics, stream = apply(state, x_BSD, self.inputs, caches, bias_ME, keys, replay_MBSK)
+        return x_BSD, caches, _stacked(statistics), stream
 
     def repeated(self, body, x_BSD, caches, period, repeats):
         """The repeating block by ``lax.scan`` over its stacked parameters; unrolled if there is only one."""
@@ -268,15 +278,14 @@ class Runner:
         def step(x_BSD, scanned):
             state, caches, bias_ME, keys, replay_MBSK = scanned
             block = nnx.merge(graph, state)
-            x_BSD, caches, statistics = block(x_BSD, self.inputs, self.mode, caches, bias_ME, keys, replay_MBSK)
-            return x_BSD, (caches, _stacked(statistics))
+            x_BSD, caches, statistics, stream = block(x_BSD, self.inputs, self.mode, caches, bias_ME, keys, replay_MBSK)
+            return x_BSD, (caches, _stacked(statistics), stream)
 
         step = _rematerialised(step, self.config.model.remat)
-        x_BSD, (caches, statistics) = jax.lax.scan(step, x_BSD, (state, caches, bias_RME, keys, replay))
-        if statistics is not None:
-            # [R, M, ...] -> [L, ...]: layers in order.
-            statistics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), statistics)
-        return x_BSD, caches, statistics
+        x_BSD, (caches, statistics, stream) = jax.lax.scan(step, x_BSD, (state, caches, bias_RME, keys, replay))
+        # [R, M, ...] -> [L, ...]: layers in order.
+        statistics, stream = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (statistics, stream))
+        return x_BSD, caches, statistics, stream
 
 
 def concatenated(statistics: list[MoEStatistics | None]) -> MoEStatistics | None:

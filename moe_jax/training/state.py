@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from moe_jax.config import Config, ConfigError
 from moe_jax.models.decoder import Decoder
+from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.lstm import LSTMModel
 from moe_jax.routing.policy import keeps_running_mean
 from moe_jax.sharding import parameter_spec
@@ -45,7 +46,7 @@ _MODELS = {"transformer": Decoder, "lstm": LSTMModel}
 
 def model_class(config: Config) -> type[nnx.Module]:
     """The class of the config's model, made of (config, vocab_size, rngs)."""
-    return _MODELS[config.model.architecture]
+    return EncoderDecoder if config.model.encoder_layers else _MODELS[config.model.architecture]
 
 
 @functools.lru_cache(maxsize=None)
