@@ -16,6 +16,7 @@ examples:
   moe-jax train --config=configs/openmoe_tiny.py --workdir=workdir
   moe-jax train --config=configs/openmoe_tiny.py --workdir=top1 --config.moe.experts_per_token=1
   moe-jax eval --workdir=workdir
+  moe-jax eval --workdir=workdir --data=questions.jsonl
   moe-jax generate --workdir=workdir --prompt='def main():'
   moe-jax report --workdir=workdir
   moe-jax analyze --checkpoint=workdir --out=routing

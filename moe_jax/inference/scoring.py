@@ -1,0 +1,220 @@
+"""How likely texts are under a model: perplexity of documents, and questions answered by their likeliest choice.
+
+Texts are packed into rows of the model's length, each a segment of its own: every number is that of the text alone. Routing is
+causal and dropless (:meth:`moe_jax.nn.moe.RoutingMode.causal`), whatever the model was trained with.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.config import Config, ConfigError
+from moe_jax.data.batches import empty_batch, join_rows
+from moe_jax.data.documents import CorpusError, Document
+from moe_jax.data.questions import Question
+from moe_jax.data.vocabularies import EOS_ID, Vocabulary
+from moe_jax.errors import UserError
+from moe_jax.nn.moe import RoutingMode
+from moe_jax.sharding import compiler_options, local_rows
+from moe_jax.training import processes
+from moe_jax.training.evaluate import put_batch
+from moe_jax.training.losses import cross_entropy
+from moe_jax.training.step import Batch, forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Tokens int32 ``[n]``, the first ``given`` of which are read and not predicted."""
+
+    ids: np.ndarray
+    given: int = 0
+
+
+def check_scorable(config: Config) -> None:
+    """Refuses, with ConfigError, a model that does not continue texts."""
+    if config.model.encoder_layers:
+        raise ConfigError(f"model.encoder_layers={config.model.encoder_layers}: texts are scored by models that read them from left "
+                          f"to right; an encoder–decoder is not one.")
+
+
+def log_likelihoods(params: Any, bias_LE: jax.Array, texts: Sequence[Text], config: Config, vocab_size: int,
+                    mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Natural logarithm of the probability of each text's tokens beyond the given ones, fp64 ``[len(texts)]``.
+
+    Args:
+      texts: at least one and at most ``data.sequence_length`` tokens each.
+
+    Raises:
+      UserError: the model's outputs are not finite.
+    """
+    places = packed([len(text.ids) for text in texts], config.data.sequence_length)
+    scores = np.zeros(len(texts))
+    function = processes.compiled_together(_scores(config, vocab_size), "scoring of texts")
+    batch_size = config.data.batch_size
+    rows = max(row for row, _ in places) + 1
+    in_row = [[] for _ in range(rows)]
+    for number, (row, begin) in enumerate(places):
+        in_row[row].append((number, begin))
+    for first in range(0, rows, batch_size):
+        here = in_row[first : first + batch_size]
+        batch = _batch(here, texts, config)
+        own = join_rows([{name: value[part] for name, value in batch.items()} for part in local_rows(mesh, batch_size)])
+        score_BS = np.asarray(jax.device_get(function(params, put_batch(own, mesh, batch_size), bias_LE)), np.float64)
+        for row, inside in enumerate(here):
+            for number, begin in inside:
+                text = texts[number]
+                scores[number] = score_BS[row, begin + text.given : begin + len(text.ids)].sum()
+    if not np.isfinite(scores).all():
+        raise UserError("the model gives texts a likelihood that is not a finite number; its parameters are broken")
+    return scores
+
+
+def packed(lengths: Sequence[int], row: int) -> list[tuple[int, int]]:
+    """(row, first place) of each text: the longest first, each into the first row with room for it."""
+    room = np.full(len(lengths), row)  # of each row; at worst every text needs one of its own
+    places = [(0, 0)] * len(lengths)
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        fits = int(np.argmax(room >= lengths[number]))
+        places[number] = (fits, int(row - room[fits]))
+        room[fits] -= lengths[number]
+    return places
+
+
+def _batch(rows, texts, config) -> dict[str, np.ndarray]:
+    """The rows as :mod:`moe_jax.data.batches` lays them out, with ``is_target``; the last batch has empty rows."""
+    batch = empty_batch(config.data.batch_size, config.data.sequence_length)
+    batch["is_target"] = np.zeros_like(batch["valid"])
+    if config.data.prefix_attention == "bidirectional":
+        batch["in_prefix"] = np.zeros_like(batch["valid"])
+    for row, inside in enumerate(rows):
+        for segment, (number, begin) in enumerate(sorted(inside, key=lambda item: item[1]), start=1):
+            text = texts[number]
+            end = begin + len(text.ids)
+            batch["target_ids"][row, begin:end] = text.ids
+            batch["input_ids"][row, begin + 1 : end] = text.ids[:-1]
+            batch["input_ids"][row, begin] = 0
+            batch["valid"][row, begin:end] = True
+            batch["segment_ids"][row, begin:end] = segment
+            batch["positions"][row, begin:end] = np.arange(len(text.ids))
+            batch["is_target"][row, begin + text.given : end] = True
+            if "in_prefix" in batch and text.given:
+                # As in training: one place more, where the last given token is read.
+                batch["in_prefix"][row, begin : begin + text.given + 1] = True
+    return batch
+
+
+@functools.lru_cache(maxsize=8)
+def _scores(config, vocab_size):
+    return jax.jit(functools.partial(_score_tokens, config=config, vocab_size=vocab_size), compiler_options=compiler_options())
+
+
+def _score_tokens(params: Any, batch: Batch, bias_LE: jax.Array, config: Config, vocab_size: int) -> jax.Array:
+    """Log-probability of every target, 0 elsewhere, ``[B, S]``; on every process."""
+    output = forward(config, vocab_size, params, batch, RoutingMode.causal(config), bias_LE)
+    ce_BS, _ = cross_entropy(output.logits_BSV, batch["target_ids"])
+    return jax.reshard(jnp.where(batch["is_target"], -ce_BS, 0.0), P())
+
+
+# Documents.
+
+
+def windows(ids: np.ndarray, length: int) -> list[Text]:
+    """A document in parts of ``length`` tokens, each of which begins anew, as rows of training and validation do."""
+    return [Text(ids[begin : begin + length]) for begin in range(0, len(ids), length)]
+
+
+def perplexity(documents: Sequence[Document], vocabulary: Vocabulary, score: Any, length: int) -> dict[str, Any]:
+    """Cross-entropy of documents, their ends included, as in validation.
+
+    Args:
+      score: :func:`log_likelihoods` of a list of texts.
+      length: of the model; longer documents are cut (:func:`windows`).
+
+    Returns:
+      ``ce`` (nats per token), ``perplexity`` (its exponential), ``bits_per_byte`` (of the UTF-8 text), ``tokens``, ``bytes``,
+      ``documents``, ``cut`` (documents longer than the model's length), the same by domain in ``domains``, and ``items``:
+      domain, name, log_likelihood, tokens and bytes of each.
+    """
+    parts = [windows(np.append(vocabulary.encode(document.text), EOS_ID).astype(np.int32), length) for document in documents]
+    scores = iter(score([part for texts in parts for part in texts]))
+    items = [{"name": document.name, "domain": document.domain, "log_likelihood": float(sum(next(scores) for _ in texts)),
+              "tokens": sum(len(part.ids) for part in texts), "bytes": document.num_bytes, "cut": len(texts) > 1}
+             for document, texts in zip(documents, parts)]
+    return {**_by_domain(items, _perplexity), "items": items}
+
+
+def _perplexity(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    total = {name: sum(item[name] for item in items) for name in ("log_likelihood", "tokens", "bytes", "cut")}
+    ce = -total["log_likelihood"] / total["tokens"]
+    return {"ce": ce, "perplexity": math.exp(ce) if ce < 700 else math.inf,
+            "bits_per_byte": -total["log_likelihood"] / math.log(2) / total["bytes"], "tokens": total["tokens"],
+            "bytes": total["bytes"], "documents": len(items), "cut": int(total["cut"])}
+
+
+# Questions.
+
+
+def texts_of(question: Question, vocabulary: Vocabulary, length: int) -> tuple[list[Text], bool]:
+    """The question with each of its choices, and whether its beginning had to be cut off.
+
+    Context and choice are tokenised as one text. What all choices leave of the context's own tokens is given, the same for all;
+    a token that reaches over the seam is predicted. Where a text is longer than the model's ``length``, its first tokens are left
+    out, as many of all choices as of the longest.
+
+    Raises:
+      CorpusError: what is to be predicted alone is longer.
+    """
+    context = np.asarray(vocabulary.encode(question.context))
+    whole = [np.asarray(vocabulary.encode(question.context + choice), np.int32) for choice in question.choices]
+    given = min(_common(context, ids) for ids in whole)
+    excess = max(0, max(map(len, whole)) - length)
+    if excess > given:
+        raise CorpusError(f"{question.where}: a choice has more tokens than the {length} of the model's rows (data.sequence_length); "
+                          f"shorten it")
+    return [Text(ids[excess:], given - excess) for ids in whole], excess > 0
+
+
+def _common(first: np.ndarray, second: np.ndarray) -> int:
+    """How many tokens two texts begin with alike."""
+    size = min(len(first), len(second))
+    differing = np.flatnonzero(first[:size] != second[:size])
+    return int(differing[0]) if len(differing) else size
+
+
+def multiple_choice(questions: Sequence[Question], vocabulary: Vocabulary, score: Any, length: int) -> dict[str, Any]:
+    """Answers each question with the choice of the highest log-likelihood; of equal ones with the first.
+
+    Returns:
+      ``accuracy``; ``accuracy_normalised``, with the log-likelihood per UTF-8 byte of the choice; ``guessing``, what drawing at
+      random gives; ``questions``; ``cut`` (contexts that lost their beginning); the same by domain in ``domains``, and ``items``:
+      domain, where, log_likelihoods, answer, chosen and chosen_normalised of each.
+    """
+    texts, cut = zip(*(texts_of(question, vocabulary, length) for question in questions))
+    scores = iter(score([text for each in texts for text in each]))
+    items = []
+    for question, each, was_cut in zip(questions, texts, cut):
+        found = np.array([next(scores) for _ in each])
+        sizes = np.array([len(choice.encode("utf-8", "replace")) for choice in question.choices])
+        items.append({"where": question.where, "domain": question.domain, "log_likelihoods": found.tolist(), "answer": question.answer,
+                      "chosen": int(np.argmax(found)), "chosen_normalised": int(np.argmax(found / sizes)), "cut": was_cut})
+    return {**_by_domain(items, _accuracy), "items": items}
+
+
+def _accuracy(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    share = lambda values: float(np.mean(values))
+    return {"accuracy": share([item["chosen"] == item["answer"] for item in items]),
+            "accuracy_normalised": share([item["chosen_normalised"] == item["answer"] for item in items]),
+            "guessing": share([1 / len(item["log_likelihoods"]) for item in items]), "questions": len(items),
+            "cut": sum(item["cut"] for item in items)}
+
+
+def _by_domain(items: Sequence[dict[str, Any]], summary: Any) -> dict[str, Any]:
+    domains: Iterable[str] = sorted({item["domain"] for item in items})
+    return {**summary(items), "domains": {name: summary([item for item in items if item["domain"] == name]) for name in domains}}
