@@ -98,7 +98,6 @@ class LSTMModel(nnx.Module):
         return Output(self.embedding.decode(x_BSD), stacked, states if cache is not None else None)
 
     def empty_cache(self, batch: int, slots: int) -> list[LSTMState]:
-        """Each layer's state before the first token, whatever the number of ``slots``; put where the batch lies by the
-        caller's jit."""
+        """Each layer's state before the first token, whatever the number of ``slots``, where the batch lies."""
         del slots
         return [empty_state(batch, self.config.model.d_model) for _ in self.layers]

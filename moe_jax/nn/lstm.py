@@ -47,7 +47,6 @@ class LSTM(nnx.Module):
         z_SBQF = z_SBQF + gathered(self.b_QF[...], "QF", jnp.float32)[None, None]
         if state is None:
             state = empty_state(x_BSD.shape[0], x_BSD.shape[2])
-        state = tuple(jax.reshard(part_BF, spec("BF", ACTIVATIONS)) for part_BF in state)
         keep_SB = (~starts_BS).T.astype(jnp.float32)
         h_SBF, state = _recurrence(z_SBQF, gathered(self.w_recurrent_DQF[...], "DQF", dtype), keep_SB, state)
         # [S, B, F_tensor] -> all-gather -> [B, S, D]
@@ -55,8 +54,9 @@ class LSTM(nnx.Module):
 
 
 def empty_state(batch: int, width: int) -> LSTMState:
-    """The state before any token: zeros; put where the batch lies by the caller."""
-    return jnp.zeros((batch, width), jnp.float32), jnp.zeros((batch, width), jnp.float32)
+    """The state before any token, zeros, where the batch lies."""
+    zeros_BF = jnp.zeros((batch, width), jnp.float32, out_sharding=spec("BF", ACTIVATIONS))
+    return zeros_BF, zeros_BF
 
 
 # The recurrence has a gradient of its own: JAX's would add up that of the weights token by token, reading and writing all

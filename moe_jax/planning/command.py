@@ -138,8 +138,11 @@ def planned_config(config: Config, request: Request) -> Config:
     """The config with the mesh, batch and length that are asked for, and the size of its vocabulary.
 
     Raises:
-      ConfigError: they do not fit together, or the vocabulary's size can only be known by reading the corpus.
+      ConfigError: they do not fit together, or the vocabulary's size can only be known by reading the corpus; a model that
+        plans know nothing of.
     """
+    if config.model.architecture == "lstm":
+        raise ConfigError("model.architecture='lstm': plans are of transformers; there are no formulas for an LSTM.")
     data = dataclasses.replace(config.data, batch_size=request.batch or config.data.batch_size,
                                sequence_length=request.context or config.data.sequence_length)
     training = config.training

@@ -63,6 +63,10 @@ def check_upcyclable(dense: Config, config: Config) -> None:
       ConfigError: with the setting and the reason.
     """
     model, moe = dense.model, config.moe
+    for name, one in (("the dense run's", dense), ("the new", config)):
+        if one.model.architecture == "lstm":
+            raise ConfigError(f"model.architecture='lstm': {name} model is an LSTM, whose layers have no feed-forward network that "
+                              f"experts could be copies of; upcycling is for transformers.")
     if dense.moe_layers:
         raise ConfigError(f"moe.num_experts={dense.moe.num_experts}: the run to start from is a mixture of experts already; "
                           f"upcycling starts from a dense one (moe.num_experts=0).")
