@@ -1,0 +1,137 @@
+"""Every variant of attention: a layer against NumPy in value and gradient; prompts and single tokens against the whole text."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from attention_variants import VARIANTS
+from flax import nnx
+from numpy_attention import attention_layer
+
+from moe_jax.inference.generate import decode, prefill
+from moe_jax.models.decoder import attention_mask, limited_masks
+from moe_jax.nn.attention import Attention
+from moe_jax.nn.latent_attention import LatentAttention
+from moe_jax.sharding import ACTIVATIONS, TOKEN_AXES, spec
+
+# Two documents and padding in a row of 16.
+POSITIONS = np.array([*range(9), *range(5), 0, 0], np.int32)
+DOCUMENTS = np.array([1] * 9 + [2] * 5 + [0] * 2, np.int32)
+
+LAYERS = [(name, layer) for name, settings in VARIANTS.items()
+          for layer in dict.fromkeys(tiny.config(**settings).attention.pattern)]
+IDS = [f"{name}: {layer.span}{'' if layer.rotated else ', not rotated'}" for name, layer in LAYERS]
+
+
+def drawn_layer(config, layer, seed=0):
+    """The module's graph, and parameters none of which is 0 or 1."""
+    kind = LatentAttention if config.attention.kind == "latent" else Attention
+    graph, state = nnx.split(kind(config.model, nnx.Rngs(params=0), config.attention, layer))
+    rng = np.random.default_rng(seed)
+    return graph, jax.tree.map(lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), state)
+
+
+@functools.lru_cache(maxsize=None)
+def computed(name, layer):
+    """Output, output weighted at random, and that number's gradient by the input and the parameters; and by NumPy."""
+    config, rng = tiny.config(**VARIANTS[name]), np.random.default_rng(1)
+    x_SD, d_SD = rng.normal(size=(16, 16)), rng.normal(size=(16, 16)) * (DOCUMENTS > 0)[:, None]
+    with jax.set_mesh(tiny.ONE):
+        graph, state = drawn_layer(config, layer)
+        one_row = tuple(jnp.asarray(a)[None] for a in (POSITIONS, DOCUMENTS, DOCUMENTS, DOCUMENTS > 0))
+        mask_BST = limited_masks(config, *one_row).get(layer.span, attention_mask(*one_row[1:]))
+
+        def value(state, x_SD):
+            x_BSD = jax.reshard(x_SD[None], spec("BSD", ACTIVATIONS))
+            y_SD = jax.reshard(nnx.merge(graph, state)(x_BSD, one_row[0], mask_BST)[0], jax.P())[0]
+            return jnp.sum(y_SD * d_SD.astype(np.float32)), y_SD
+
+        both = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True), compiler_options=tiny.QUICK)
+        (_, y_SD), grads = both(state, jnp.asarray(x_SD, jnp.float32))
+    flat = lambda tree: {key.removesuffix(".value"): np.asarray(leaf, np.float64) for key, leaf in tiny.leaves(tree).items()}
+    parameters, gradients = flat(state), flat(grads[0]) | {"x": np.asarray(grads[1], np.float64)}
+
+    def by_numpy(changes):
+        changed = {key: value + changes.get(key, 0) for key, value in parameters.items()}
+        return attention_layer(changed, config.model, config.attention, layer, x_SD + changes.get("x", 0), POSITIONS, DOCUMENTS)
+
+    return np.asarray(y_SD), gradients, by_numpy, d_SD
+
+
+@pytest.mark.parametrize("name, layer", LAYERS, ids=IDS)
+def test_a_layer_is_the_one_in_numpy(name, layer):
+    y_SD, _, by_numpy, _ = computed(name, layer)
+    np.testing.assert_allclose(y_SD[DOCUMENTS > 0], by_numpy({})[DOCUMENTS > 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, layer", LAYERS, ids=IDS)
+def test_its_gradient_is_that_of_differences(name, layer):
+    """Along a random direction of every parameter."""
+    _, gradients, by_numpy, d_SD = computed(name, layer)
+    rng = np.random.default_rng(2)
+    for key, gradient in gradients.items():
+        direction = rng.normal(size=gradient.shape)
+        step = 1e-4 * direction
+        wanted = np.sum((by_numpy({key: step}) - by_numpy({key: -step})) * d_SD) / 2e-4
+        np.testing.assert_allclose(np.sum(gradient * direction), wanted, rtol=2e-3, atol=2e-3, err_msg=key)
+        # The key's bias (without a rotation) adds the same to all scores of a query, which changes nothing.
+        assert np.abs(gradient).max() > 1e-4 or key == "b_key_Hd", key
+
+
+# Prompts and single tokens
+
+PROMPTS, STEPS = [9, 5, 1, 8], 7
+
+
+def model_config(name, **settings):
+    """A dense model with each kind of layer of the variant."""
+    pattern = tiny.config(**VARIANTS[name]).attention.pattern
+    return tiny.config(model_num_layers=max(2, len(pattern)), moe_num_experts=0, **VARIANTS[name], **settings)
+
+
+@functools.lru_cache(maxsize=None)
+def continued(config):
+    """Logits of the token after the prompts, and after each of STEPS given tokens, ``[STEPS + 1, B, V]``."""
+    def run(params, ids_BS, valid_BS, given_BT):
+        bias_LE = jnp.zeros((0, 1))
+        first_BV, written = prefill(params, ids_BS, valid_BS, bias_LE, config, tiny.VOCAB, ids_BS.shape[1] + STEPS)
+
+        def step(written, given):
+            i, token_B = given
+            logits_BV, written = decode(params, written, jax.reshard(token_B, jax.P(TOKEN_AXES)), ids_BS.shape[1] + i, bias_LE,
+                                        config, tiny.VOCAB)
+            return written, logits_BV
+
+        _, more_TBV = jax.lax.scan(step, written, (jnp.arange(STEPS), given_BT.T))
+        return jnp.concatenate([first_BV[None], more_TBV])
+
+    return jax.jit(run, compiler_options=tiny.QUICK)
+
+
+def by_steps_and_at_once(config, params, mesh=tiny.ONE):
+    """The logits of both ways, ``[STEPS + 1, B, V]``. Prompts of unequal lengths, some longer than windows and chunks."""
+    batch, width = tiny.batch(rows=4, length=16, lengths=[n + STEPS for n in PROMPTS]), max(PROMPTS)
+    ids_BS, whole_BSV = batch["input_ids"], tiny.logits(config, params, batch)
+    prompt_BS = np.array([[11] * (width - n) + list(ids_BS[b, :n]) for b, n in enumerate(PROMPTS)], np.int32)
+    valid_BS = np.array([[False] * (width - n) + [True] * n for n in PROMPTS])
+    given_BT = np.array([ids_BS[b, n : n + STEPS] for b, n in enumerate(PROMPTS)])
+    with jax.set_mesh(mesh):
+        found = jax.device_get(continued(config)(tiny.placed(params, mesh), prompt_BS, valid_BS, given_BT))
+    wanted = np.stack([[whole_BSV[b, n - 1 + i] for b, n in enumerate(PROMPTS)] for i in range(STEPS + 1)])
+    return found, wanted
+
+
+def drawn_params(config):
+    """None of them 0 or 1, so that biases, sinks and norms act."""
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), tiny.params(config))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_prompts_and_single_tokens_give_the_logits_of_the_whole_text(name):
+    config = model_config(name)
+    found, wanted = by_steps_and_at_once(config, drawn_params(config))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
