@@ -7,10 +7,12 @@ from moe_jax.interop.classic import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from moe_jax.interop.deepseek import DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3
 from moe_jax.interop.gpt_oss import GPT_OSS
 from moe_jax.interop.llama4 import LLAMA4
+from moe_jax.interop.pairs import NLLB_MOE, SWITCH
 from moe_jax.interop.settings import InteropError, Settings
 from moe_jax.interop.table import Family
 
-FAMILIES = (MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4, GPT_OSS)
+FAMILIES = (MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4, GPT_OSS,
+            SWITCH, NLLB_MOE)
 
 
 def family_of(settings: dict[str, Any], where: str = "config.json") -> Family:

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from moe_jax.config import Config
-from moe_jax.interop.huggingface import to_config
+from moe_jax.interop.huggingface import family_of, to_config
 from moe_jax.interop.quantised import Stored, stored_tensors
 from moe_jax.interop.safetensors_files import read_folder
 from moe_jax.interop.settings import InteropError, read_settings
 from moe_jax.interop.table import BIAS, Family, Part, Place, Shapes, Tensor, covered, parts, tensors
-from moe_jax.training.named_arrays import flatten, nest
+from moe_jax.training.named_arrays import flatten
 from moe_jax.training.state import initial_state
 
 # So many tensors are named where there are more.
@@ -107,10 +107,13 @@ def open_checkpoint(folder: pathlib.Path, config_file: str = "config.json", **ov
     """
     settings = read_settings(folder, config_file)
     where = str(folder / config_file)
-    family, config = to_config(settings, where, **overrides)
+    family, entries = family_of(settings, where), read_folder(folder)
+    of_tables, renamed = family.tables(entries, settings)
+    family, config = to_config(settings, where, **of_tables, **overrides)
     shapes = parameter_shapes(config, config.model.vocab_size)
     found, needed = tensors_of(family, config, shapes)
-    stored = stored_tensors(read_folder(folder), family.model_settings(settings), where)
+    stored = stored_tensors(entries, family.model_settings(settings), where)
+    stored = {renamed.get(name, name): tensor for name, tensor in stored.items()}
     stored = _own(stored, family, config, settings, needed)
     _check(stored, needed, folder)
     return Checkpoint(family, config, settings, shapes, tuple(found), stored)
@@ -145,12 +148,13 @@ def _check(stored: dict[str, Stored], needed: dict[str, Tensor], folder: pathlib
 
 
 def load(checkpoint: Checkpoint) -> tuple[dict[str, Any], np.ndarray]:
-    """All parameters as nested dicts of fp32 arrays, and the routers' bias ``[L, E]``; for models that fit into memory."""
+    """All parameters, as a TrainState has them, in fp32, and the routers' bias ``[L, E]``; for models that fit into memory."""
     arrays = {path: np.zeros(shape, np.float32) for path, shape in checkpoint.shapes.items()}
     for place, values in checkpoint.slices():
         arrays[place.path][place.index] = values
     bias_LE = arrays.pop(BIAS)
-    return nest({path.removeprefix("params/"): array for path, array in arrays.items()}), bias_LE
+    abstract = jax.eval_shape(lambda: initial_state(checkpoint.config, checkpoint.vocab_size))["params"]
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[f"params/{path}"] for path in flatten(abstract)]), bias_LE
 
 
 def joined(checkpoint_parts, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

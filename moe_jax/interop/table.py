@@ -7,7 +7,7 @@ tensor's numbers go to our arrays; going out, and to say what shape a tensor mus
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -60,6 +60,10 @@ class Family:
       prefix: what stands before every name, by the settings.
       model_settings: of all settings those of the model, where the language model is a part of a checkpoint.
       balances: whether ``transformers`` adds a balancing loss.
+      pair_losses: of an encoder–decoder (:mod:`moe_jax.interop.pair_outputs`): config, logits, router logits by stack and
+        target ids -> losses.
+      tables: of the names of a file's tensors and its settings: overrides of our config that follow from what is there, and
+        tensors to be taken for others, old name -> new.
     """
 
     name: str
@@ -72,6 +76,8 @@ class Family:
     prefix: Callable[[dict[str, Any]], str] = lambda settings: ""
     model_settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda settings: settings
     balances: bool = False
+    pair_losses: Callable[..., dict[str, Any]] | None = None
+    tables: Callable[[Collection[str], dict[str, Any]], tuple[dict[str, Any], dict[str, str]]] = lambda names, settings: ({}, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +118,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 def _lookup(config: Config) -> dict[str, dict[int, tuple[str, tuple[int, ...]]]]:
     """Of each stack's layers: where the parameters lie and which row of stacked arrays they are."""
-    stacks = {"decoder": layer_paths(config)}
+    first = config.model.encoder_layers  # layer_paths counts an encoder's layers first
+    stacks = {"encoder": {}, "decoder": {}}
+    for where, layers in layer_paths(config).items():
+        if where.startswith("encoder/"):
+            stacks["encoder"][where] = layers
+        else:
+            stacks["decoder"][where] = tuple(layer - first for layer in layers)
     return {stack: {layer: (where, (row,) if "body/" in f"{where}/" else ())
                     for where, layers in paths.items() for row, layer in enumerate(layers)}
             for stack, paths in stacks.items()}
