@@ -22,6 +22,8 @@ examples:
   moe-jax analyze --checkpoint=workdir --out=routing
   moe-jax place --workdir=workdir --devices=4 --redundant=4
   moe-jax upcycle --from=dense --config=configs/openmoe_tiny.py --workdir=upcycled
+  moe-jax convert --from=hf --in=checkpoint --out=workdir
+  moe-jax convert --to=hf --in=workdir --out=checkpoint
   moe-jax plan --config=configs/mixtral_8x7b.py --slice=v5p-128
 """
 

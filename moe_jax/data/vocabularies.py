@@ -278,7 +278,7 @@ def _load_cached(path: str, size: int, modified: int) -> SentencePieceVocabulary
 
 
 def load_vocabulary(name: str) -> Vocabulary:
-    """The vocabulary that needs no training: 'bytes' or the path of a SentencePiece model.
+    """The vocabulary that needs no training: 'bytes', the path of a SentencePiece model, or that of an imported checkpoint.
 
     Raises:
       VocabularyError: an unknown name or a bad file.
@@ -286,7 +286,12 @@ def load_vocabulary(name: str) -> Vocabulary:
     if name == "bytes":
         return ByteVocabulary()
     if not name:
-        raise VocabularyError('data.vocabulary is empty; allowed are "bytes", "sentencepiece:<size>" or a .model file')
+        raise VocabularyError('data.vocabulary is empty; allowed are "bytes", "sentencepiece:<size>", "tokenizer:<file>", '
+                              '"ids:<size>" or a .model file')
+    if name.startswith(("ids:", "tokenizer:")):
+        from moe_jax.data import imported_vocabularies  # imports this module
+
+        return imported_vocabularies.load(name)
     try:
         status = os.stat(name)
     except OSError:

@@ -30,10 +30,11 @@ def family_of(settings: dict[str, Any], where: str = "config.json") -> Family:
                        f"supported are {known}.")
 
 
-def to_config(settings: dict[str, Any], where: str = "config.json", **overrides: Any) -> tuple[Family, Config]:
+def to_config(settings: dict[str, Any], where: str = "config.json", quiet: bool = False, **overrides: Any) -> tuple[Family, Config]:
     """The family and the config of a checkpoint.
 
     Args:
+      quiet: do not warn of settings that are not known.
       overrides: settings of ours by their full names that win over what the checkpoint says.
 
     Raises:
@@ -45,5 +46,6 @@ def to_config(settings: dict[str, Any], where: str = "config.json", **overrides:
     for name, value in {**family.to_config(reader), **overrides}.items():
         section, field = name.split(".")
         values.setdefault(section, {})[field] = value
-    reader.finish()
+    if not quiet:
+        reader.finish()
     return family, resolve(values)

@@ -227,7 +227,7 @@ def restore(run: Run, checkpointer: Checkpointer) -> Restored | None:
       CheckpointError: none is good, it does not fit the model, or it was trained on other data.
     """
     restored = checkpointer.restore(run.abstract_state())
-    if restored is not None and restored.metadata["data_fingerprint"] != run.data.fingerprint:
+    if restored is not None and restored.metadata["data_fingerprint"] not in (None, run.data.fingerprint):
         raise CheckpointError(
             f"The checkpoint of step {restored.step} in {run.checkpoints} was trained on other data or another order of "
             f"it (the corpus, vocabulary, batch shape or data.seed changed); its data position means nothing here. "
@@ -260,7 +260,8 @@ def restore_params(run: Run, abstract: TrainState | None = None, step: int | Non
             f"The checkpoint of step {restored.step} in {run.checkpoints} was trained with another vocabulary than "
             f"{run.config.data.vocabulary!r} is now (the corpus it was trained on has changed, or its file); token ids "
             f"would mean other text. Put the old corpus or vocabulary file back.")
-    if restored.metadata["data_fingerprint"] != run.data.fingerprint:
+    # None: of a converted checkpoint, of whose training nothing is known.
+    if restored.metadata["data_fingerprint"] not in (None, run.data.fingerprint):
         log.warning("the corpus is not the one of training: held-out text may have been trained on")
     return restored.state[name], restored.state["router_bias_LE"], restored.step
 
