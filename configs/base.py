@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
     moe.first = -1                    # which one of each period: 0 … every-1; -1 = the last (OpenMoE)
     moe.first_dense_layers = 0        # the first so many layers are dense all the same (DeepSeekMoE-16B: 1, DeepSeek-V3: 3);
                                       # their width, as that of every dense layer, is model.d_ff
-    moe.layers = ""                   # instead of the last three: the MoE layers one by one, '1,3,5' (from 0)
+    moe.layers = ""                   # instead of the last three: the MoE layers one by one, '1,3,5' (from 0), or 'none'
     moe.encoder_layers = ""           # the same of the encoder (model.encoder_layers); '' = by every, first, first_dense_layers
     moe.d_ff = 512                    # hidden width of one expert (F)
     moe.activation = "swiglu"         # of the experts, as model.activation

@@ -271,6 +271,12 @@ def test_the_encoders_moe_layers_follow_the_same_rule_or_are_named():
     assert by_rule.moe_layers == (1, 3, 5, 7, 9)  # the encoder's four layers are counted first
     assert Config(model, MoEConfig(encoder_layers="0,2"), data).encoder_moe_layers == (0, 2)
     assert Config(ModelConfig(num_layers=6)).encoder_moe_layers == ()
+    encoder = Config(model, MoEConfig(layers="none", fill_order="batch_prioritized"), data)
+    assert encoder.decoder_moe_layers == () and encoder.encoder_moe_layers == (1, 3)  # which may look ahead
+    assert Config(model, MoEConfig(encoder_layers="none"), data).encoder_moe_layers == ()
+    for moe in (MoEConfig(layers="none", encoder_layers="none"), MoEConfig(layers="none", encoder_layers="4")):
+        with pytest.raises(ConfigError, match="moe.layers='none': leaves no MoE layer|moe.encoder_layers='4': names layer 4"):
+            Config(model, moe, data)
     with pytest.raises(ConfigError, match="moe.encoder_layers='0,4': names layer 4, but model.encoder_layers=4; the last is 3"):
         Config(model, MoEConfig(encoder_layers="0,4"), data)
 

@@ -120,8 +120,8 @@ class AttentionConfig:
             return
         require(self.rope_original_length > 0, "attention.rope_original_length", self.rope_original_length,
                 f"attention.rope_scaling={scaling!r} needs the length, in tokens, that the model was trained with before.")
-        require(self.rope_low_factor < self.rope_high_factor, "attention.rope_low_factor", self.rope_low_factor,
-                f"must be below attention.rope_high_factor={self.rope_high_factor}.")
+        require(self.rope_low_factor <= self.rope_high_factor, "attention.rope_low_factor", self.rope_low_factor,
+                f"must be at most attention.rope_high_factor={self.rope_high_factor}.")
         for field in ("rope_low_factor", "rope_beta_fast", "rope_beta_slow"):
             require(getattr(self, field) > 0, f"attention.{field}", getattr(self, field), "must be above 0.")
 

@@ -248,18 +248,18 @@ class MoEConfig:
         return self.num_shared_experts * (self.shared_d_ff or self.d_ff)
 
     def explicit_layers(self, field: str) -> tuple[int, ...] | None:
-        """The layers that ``layers`` or ``encoder_layers`` names, ascending; None where it leaves them to ``every`` and
-        ``first``.
+        """The layers that ``layers`` or ``encoder_layers`` names, ascending; () for 'none'; None where it leaves them to
+        ``every`` and ``first``.
 
         Raises:
           ConfigError: it is no list of different numbers.
         """
         text = getattr(self, field)
-        if not text:
-            return None
+        if text in ("", "none"):
+            return () if text else None
         words = [word.strip() for word in text.split(",")]
         require(all(word.isdecimal() for word in words) and len({int(word) for word in words}) == len(words), f"moe.{field}",
-                text, "wanted are the indices of different layers, from 0, separated by commas: '1,3,5'.")
+                text, "wanted are the indices of different layers, from 0, separated by commas: '1,3,5'; or 'none'.")
         return tuple(sorted(int(word) for word in words))
 
     @property

@@ -56,7 +56,7 @@ class Config:
         choice("moe", self.moe, "eval_dispatch", tuple(DISPATCHERS))
         choice("moe", self.moe, "grouped_matmul", ("auto", *IMPLEMENTATIONS))
         choice("moe", self.moe, "balance_loss", tuple(BALANCE_LOSSES))
-        check_router(self.moe)
+        check_router(self.moe, in_decoder=len(self.decoder_moe_layers) > 0)
         require(self.moe.router_init > 0 or ROUTERS[self.moe.router].learned_noise, "moe.router_init", self.moe.router_init,
                 "leaves all experts alike: only routers with learned noise, noisy_top_k and hierarchical, tell them apart then; "
                 "set it above 0.")
@@ -133,9 +133,11 @@ class Config:
                 "names layers of an encoder, but model.encoder_layers=0; set it to '', or model.encoder_layers.")
         for field, total in (("layers", "num_layers"), ("encoder_layers", "encoder_layers")):
             explicit, count = moe.explicit_layers(field), getattr(self.model, total)
-            require(explicit is None or explicit[-1] < count, f"moe.{field}", getattr(moe, field),
+            require(not explicit or explicit[-1] < count, f"moe.{field}", getattr(moe, field),
                     f"names layer {explicit and explicit[-1]}, but model.{total}={count}; the last is {count - 1}.")
         if moe.layers:
+            require(len(self.moe_layers) > 0, "moe.layers", moe.layers, "leaves no MoE layer; name one, or set moe.num_experts=0 "
+                    "for a dense model.")
             return
         require(self.model.num_layers > self.moe_offset, "moe.every", moe.every,
                 f"gives no MoE layer among model.num_layers={self.model.num_layers}; set moe.every to at most "

@@ -128,14 +128,17 @@ class RoutingMode:
     @classmethod
     def causal(cls, config: Config, record: bool = False) -> "RoutingMode":
         """What a model can do when it writes one token at a time: nothing is dropped, and a router that compares tokens,
-        later ones of the text or those of other rows, gives way to token choice."""
+        later ones of the text or those of other rows, gives way to token choice. In an encoder alone it may stay."""
+        if config.encoder_moe_layers and not config.decoder_moe_layers:
+            return cls("dropless", config.moe.eval_capacity_factor, record)
         mode = cls("dropless", 1.0, record)
         alone = mode._is_causal(dataclasses.replace(config.moe, group_over="sequence"))
         return mode if alone else dataclasses.replace(mode, router="top_k")
 
     def is_causal(self, config: Config) -> bool:
-        """Whether no token's output depends on later tokens. Where nothing is dropped the fill order plays no part."""
-        return self._is_causal(config.moe)
+        """Whether no token's output depends on later tokens. Where nothing is dropped the fill order plays no part; an encoder
+        looks ahead whatever its router does."""
+        return not config.decoder_moe_layers or self._is_causal(config.moe)
 
     def _is_causal(self, moe: MoEConfig) -> bool:
         # Asked about this mode's dispatcher, whatever the config trains and evaluates with.

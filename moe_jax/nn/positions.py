@@ -55,7 +55,8 @@ def scaled_frequencies(dim: int, theta: float, attention: AttentionConfig) -> tu
 def _llama3(frequency, attention):
     low, high = attention.rope_low_factor, attention.rope_high_factor
     waves = attention.rope_original_length * frequency / (2 * math.pi)  # in the original length
-    kept = np.clip((waves - low) / (high - low), 0, 1)
+    # Equal bounds, as those of Llama-4 Scout, leave nothing between them.
+    kept = np.clip((waves - low) / (high - low), 0, 1) if high > low else (waves >= low).astype(np.float64)
     return frequency * (kept + (1 - kept) / attention.rope_factor)
 
 

@@ -112,7 +112,7 @@ def has_fixed_choices(moe: MoEConfig) -> bool:
     return ROUTERS[moe.router].fixed_choices and moe.second_policy == "all" and moe.padding not in ("takes_slots", "routed", "as_text")
 
 
-def check_router(moe: MoEConfig) -> None:
+def check_router(moe: MoEConfig, in_decoder: bool = True) -> None:
     """Refuses options the router cannot work with, and a router that sees the future in a decoder (B52, B53)."""
     router = ROUTERS[moe.router]
     for option in sorted({option for other in ROUTERS.values() for option in other.options} - set(router.options)):
@@ -131,7 +131,7 @@ def check_router(moe: MoEConfig) -> None:
                           f"to False, or another router.")
     router.check(moe)
     _check_slots(moe)
-    if moe.allow_noncausal_routing or router.is_causal(moe):
+    if moe.allow_noncausal_routing or not in_decoder or router.is_causal(moe):
         return
     if moe.device_capacity_factor:
         raise ConfigError(
