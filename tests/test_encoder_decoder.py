@@ -10,14 +10,19 @@ import pytest
 import tiny
 
 from moe_jax.config import ConfigError
+from moe_jax.inference.generate import Sampling, decode, generate, prefill
 from moe_jax.models.decoder import layer_paths, moe_layer_paths, of_stacks
 from moe_jax.nn.moe import RoutingMode
 from moe_jax.nn.positions import relative_bias, sinusoidal
+from moe_jax.training.evaluate import put_batch
 from moe_jax.training.step import routing_losses
 
 T5 = dict(model_num_layers=2, model_encoder_layers=3, model_num_kv_heads=4, attention_positions="relative",
           attention_relative_buckets=8, attention_relative_distance=10, data_objective="span_corruption", data_target_length=12,
           moe_encoder_layers="0,2")
+SINES = {**{name: value for name, value in T5.items() if not name.startswith("attention_")}, "model_norm": "layer",
+         "attention_positions": "sinusoidal", "attention_first_position": 2, "attention_bias": "all"}
+NLLB = tiny.config(**SINES)
 CONFIG = tiny.config(**T5, moe_balance_weight=0.5, moe_router_z_weight=0.1)
 GIVEN, WRITTEN = [16, 9, 3, 16, 1, 12, 16, 7], [12, 5, 12, 1, 12, 3, 9, 12]
 BATCH = tiny.pair(given_lengths=GIVEN, written_lengths=WRITTEN)
@@ -108,9 +113,7 @@ def test_sinusoidal_positions_are_fairseqs():
 
 
 def test_sinusoidal_positions_are_added_to_embeddings_but_not_to_padding():
-    settings = {name: value for name, value in T5.items() if not name.startswith("attention_")}
-    config = tiny.config(**settings, attention_positions="sinusoidal", attention_first_position=2, model_norm="layer",
-                         model_mlp_bias=True, attention_bias="all", moe_expert_bias=True, model_embedding_scale=True)
+    config = tiny.config(**SINES, model_mlp_bias=True, moe_expert_bias=True, model_embedding_scale=True)
     params = tiny.params(config)
     before = tiny.logits(config, params, BATCH)
     moved = {**BATCH, "encoder_positions": np.where(BATCH["encoder_valid"], BATCH["encoder_positions"] + 3, 7)}
@@ -229,3 +232,84 @@ def test_generation_mode_reads_the_same():
     """Dropless by the config's dispatcher or by the mode of generation."""
     found = tiny.output(CONFIG, tiny.params(CONFIG), BATCH, RoutingMode.causal(CONFIG)).logits_BSV
     np.testing.assert_array_equal(found, logits(BATCH))
+
+
+# Writing
+
+
+PROMPTS = [[5, 9, 3], [7], [2, 4, 6, 8, 10, 12, 14, 16, 18, 20], [9, 9]]
+# Compiled in half the time.
+SHORT, SHORT_NLLB = (tiny.config(**{**settings, "model_num_layers": 1, "model_encoder_layers": 1, "moe_every": 1,
+                                    "moe_encoder_layers": ""}) for settings in (T5, SINES))
+
+
+def samples(prompts=PROMPTS, mesh=tiny.ONE, config=SHORT, tokens=6, sampling=Sampling(temperature=0.0), **options):
+    with jax.set_mesh(mesh):
+        return generate(tiny.placed(tiny.params(config), mesh), config, tiny.VOCAB, prompts, tokens, sampling,
+                        **{"eos_id": 31, **options})
+
+
+def greedy_by_full_forward(prompt, tokens, config, start=(0,)):
+    """No cache: encoder and decoder again for every token."""
+    ids = list(start)
+    row = lambda values, length: np.pad(np.array([values], np.int32), ((0, 0), (0, length - len(values))))
+    given = [*prompt, 31]
+    for _ in range(tokens):
+        if 31 in ids:
+            break
+        valid, seen = np.arange(12)[None] < len(ids), np.arange(16)[None] < len(given)
+        batch = {"input_ids": row(ids, 12), "valid": valid, "segment_ids": valid.astype(np.int32),
+                 "positions": np.where(valid, np.arange(12)[None], 0).astype(np.int32),
+                 "encoder_input_ids": row(given, 16), "encoder_valid": seen, "encoder_segment_ids": seen.astype(np.int32),
+                 "encoder_positions": np.where(seen, np.arange(16)[None], 0).astype(np.int32)}
+        found = tiny.logits(config, tiny.params(config), batch)[0, len(ids) - 1].copy()
+        found[0] = -np.inf
+        ids.append(int(np.argmax(found)))
+    return ids[len(start):ids.index(31) if 31 in ids else None]
+
+
+@pytest.mark.parametrize("config", [SHORT, SHORT_NLLB], ids=["relative", "sinusoidal"])
+def test_greedy_generation_is_the_argmax_of_the_full_forward_pass(config):
+    assert samples(config=config) == [greedy_by_full_forward(prompt, 6, config) for prompt in PROMPTS]
+
+
+@pytest.mark.slow
+def test_the_decoder_may_begin_with_ids_of_the_callers():
+    starts = [[2, 7], [3], [4], [2, 9]]
+    assert samples(starts=starts) == [greedy_by_full_forward(prompt, 6, SHORT, start) for prompt, start in zip(PROMPTS, starts)]
+    with pytest.raises(ValueError, match="starts=.* for each of 4 prompts"):
+        samples(starts=[[1]])
+    with pytest.raises(ValueError, match="has no encoder"):
+        samples(config=tiny.config(), starts=starts)
+
+
+def test_b43_a_prompt_gives_the_same_sample_alone_and_among_others():
+    drawn = Sampling(temperature=1.0, top_k=9, top_p=0.9)
+    together = samples(sampling=drawn)
+    assert [samples([prompt], sampling=drawn)[0] for prompt in PROMPTS] == together
+
+
+@pytest.mark.slow
+def test_eight_devices_write_what_one_writes():
+    assert samples(mesh=tiny.mesh(data=2, fsdp=2, tensor=2)) == samples()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [CONFIG, NLLB], ids=["relative", "sinusoidal"])
+def test_prefill_and_decoding_give_the_logits_of_the_full_forward_pass(config):
+    """The first four tokens at once, then one by one; the encoder is run once."""
+    params, batch = tiny.params(config), tiny.pair(given_lengths=GIVEN)
+    expected, bias_LE = tiny.logits(config, params, batch), tiny.no_bias(config)
+    read = jax.jit(lambda params, ids, valid, given: prefill(params, ids, valid, bias_LE, config, tiny.VOCAB, 12, given),
+                   compiler_options=tiny.QUICK)
+    write = jax.jit(lambda params, written, token, index: decode(params, written, token, index, bias_LE, config, tiny.VOCAB),
+                    compiler_options=tiny.QUICK)
+    with jax.set_mesh(tiny.ONE):
+        here = put_batch(batch, tiny.ONE)
+        params = tiny.placed(params, tiny.ONE)
+        first, written = read(params, here["input_ids"][:, :4], here["valid"][:, :4], (here["encoder_input_ids"], here["encoder_valid"]))
+        found = [np.asarray(first)]
+        for i in range(4, 12):
+            logits_BV, written = write(params, written, here["input_ids"][:, i], i)
+            found.append(np.asarray(logits_BV))
+    np.testing.assert_allclose(np.stack(found, axis=1), expected[:, 3:], rtol=1e-4, atol=1e-5)

@@ -45,5 +45,7 @@ def run(arguments, overrides) -> int:
     ids = generate(params, trained.config, trained.vocab_size, [np.asarray(vocabulary.encode(p)).tolist() for p in prompts],
                    arguments.max_tokens, sampling, arguments.seed, bias_LE, vocabulary.eos_id, vocabulary.vocab_size)
     for prompt, sample in zip(prompts, ids) if processes.index() == 0 else ():
-        print(f"--- step {step}\n{prompt}{vocabulary.decode(sample)}")
+        # An encoder–decoder's sample does not go on where the prompt ends.
+        between = "\n-> " if trained.config.model.encoder_layers else ""
+        print(f"--- step {step}\n{prompt}{between}{vocabulary.decode(sample)}")
     return 0

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from moe_jax.config import Config
+from moe_jax.models.encoder_decoder import Given
 from moe_jax.nn.moe import RoutingMode
 from moe_jax.sharding import TOKEN_AXES, compiler_options
 from moe_jax.training import processes
@@ -46,8 +47,9 @@ class Sampling:
 
 def generate(params: Any, config: Config, vocab_size: int, prompts: list[list[int]], max_tokens: int,
              sampling: Sampling = Sampling(), seed: int = 0, bias_LE: jax.Array | None = None, eos_id: int = 1,
-             used_ids: int = 0) -> list[list[int]]:
-    """Continues each prompt by up to ``max_tokens`` ids; stops a sample after ``eos_id``.
+             used_ids: int = 0, starts: list[list[int]] | None = None) -> list[list[int]]:
+    """Continues each prompt by up to ``max_tokens`` ids; stops a sample after ``eos_id``. An encoder–decoder's encoder reads the
+    prompt, with ``eos_id`` behind it, and the decoder writes from nothing.
 
     Routing is dropless, so no token's experts depend on its neighbours (B43), and the random stream of a row follows
     from ``seed`` and its prompt, so a prompt gives the same sample alone and in any batch (twice the same prompt: twice
@@ -55,36 +57,54 @@ def generate(params: Any, config: Config, vocab_size: int, prompts: list[list[in
 
     Args:
       params: on the current mesh (``jax.set_mesh``).
-      prompts: token ids; the beginning-of-text id (0) is put in front, as training sees it.
+      prompts: token ids; the beginning-of-text id (0) is put in front, as training sees it, where a decoder reads them.
       used_ids: number of real ids in the vocabulary; rows of the table beyond are never drawn. 0: all are real.
+      starts: of an encoder–decoder: for each prompt what its decoder begins with instead of the id 0 (NLLB: [2, language]).
 
     Raises:
-      ValueError: no prompts, or ``max_tokens`` < 1.
+      ValueError: no prompts, ``max_tokens`` < 1, or ``starts`` where there is no encoder or not one of an id at least for each
+        prompt.
     """
     if not prompts or max_tokens < 1:
         raise ValueError(f"{len(prompts)} prompts, max_tokens={max_tokens}: both must be at least 1.")
     mesh = jax.sharding.get_abstract_mesh()
     shards = int(np.prod([mesh.shape[axis] for axis in TOKEN_AXES]))
     rows = -(-len(prompts) // shards) * shards
-    width = max(map(len, prompts)) + 1
-    width = -(-width // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
-    ids_BS = np.zeros((rows, width), np.int32)
-    valid_BS = np.zeros((rows, width), bool)
-    prompt_hash_B = np.zeros(rows, np.uint32)
-    for row in range(rows):
-        prompt = [0, *prompts[min(row, len(prompts) - 1)]]
-        prompt_hash_B[row] = zlib.crc32(np.asarray(prompt, np.int32).tobytes())
-        ids_BS[row, width - len(prompt):] = prompt
-        valid_BS[row, width - len(prompt):] = True
+    given = None
+    if config.model.encoder_layers:
+        read = [[*prompt, eos_id] for prompt in prompts]
+        given, written = _padded(read, rows), starts or [[0]] * len(prompts)
+        if len(written) != len(prompts) or not all(written):
+            raise ValueError(f"starts={starts!r}: wanted is a list of at least one id for each of {len(prompts)} prompts.")
+        ids_BS, valid_BS = _padded(written, rows, 1)
+        hashed = [[*prompt, *start] for prompt, start in zip(read, written)]
+    else:
+        if starts is not None:
+            raise ValueError("starts: is what a decoder behind an encoder begins with, and this model has no encoder.")
+        hashed = [[0, *prompt] for prompt in prompts]
+        ids_BS, valid_BS = _padded(hashed, rows)
+    hashes = [zlib.crc32(np.asarray(prompt, np.int32).tobytes()) for prompt in hashed]
+    prompt_hash_B = np.asarray(hashes + hashes[-1:] * (rows - len(hashes)), np.uint32)
     run = _compiled(config, vocab_size, max_tokens, sampling, eos_id, used_ids or vocab_size)
     run = processes.compiled_together(run, "generation")
     if bias_LE is None:
         bias_LE = jnp.zeros((len(config.moe_layers), max(1, config.moe.num_routed_experts)), jnp.float32)
-    out_BT = np.asarray(jax.device_get(run(params, ids_BS, valid_BS, bias_LE, jax.random.key(seed), prompt_hash_B)))
+    out_BT = np.asarray(jax.device_get(run(params, ids_BS, valid_BS, bias_LE, jax.random.key(seed), prompt_hash_B, given)))
     samples = []
     for row in out_BT[: len(prompts)].tolist():
         samples.append(row[: row.index(eos_id)] if eos_id in row else row)
     return samples
+
+
+def _padded(prompts: list[list[int]], rows: int, multiple: int = _PROMPT_MULTIPLE) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, valid), each ``[rows, S]``, padded on the left to a multiple of so many; the last prompt fills the rows."""
+    width = -(-max(map(len, prompts)) // multiple) * multiple
+    ids_BS, valid_BS = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
+    for row in range(rows):
+        prompt = prompts[min(row, len(prompts) - 1)]
+        ids_BS[row, width - len(prompt):] = prompt
+        valid_BS[row, width - len(prompt):] = True
+    return ids_BS, valid_BS
 
 
 @functools.lru_cache(maxsize=8)
@@ -93,11 +113,11 @@ def _compiled(config, vocab_size, max_tokens, sampling, eos_id, used_ids):
                                      sampling=sampling, eos_id=eos_id, used_ids=used_ids), compiler_options=compiler_options())
 
 
-def _generate(params, ids_BS, valid_BS, bias_LE, key, prompt_hash_B, *, config, vocab_size, max_tokens, sampling, eos_id, used_ids):
+def _generate(params, ids_BS, valid_BS, bias_LE, key, prompt_hash_B, given, *, config, vocab_size, max_tokens, sampling, eos_id, used_ids):
     """Prefill, then one token at a time; ``[B, max_tokens]`` ids, ``eos_id`` after the end."""
     width = ids_BS.shape[1]
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jax.reshard(prompt_hash_B, P(TOKEN_AXES)))
-    logits_BV, written = prefill(params, ids_BS, valid_BS, bias_LE, config, vocab_size, width + max_tokens)
+    logits_BV, written = prefill(params, ids_BS, valid_BS, bias_LE, config, vocab_size, width + max_tokens, given)
     first_B = _draw(logits_BV, keys_B, 0, sampling, used_ids)
 
     def step(carry, i):
@@ -116,28 +136,37 @@ class Written(NamedTuple):
     """What the model has read and written so far.
 
     cache: keys and values of T slots, :meth:`moe_jax.models.decoder.Decoder.empty_cache`, or the states of LSTMs. segments_BT:
-    1 where a slot is filled. last_B: the newest token. position_B: that of the next one.
+    1 where a slot is filled. last_B: the newest token. position_B: that of the next one. given: what the encoder, if there is
+    one, has read; what is made of it is in the cache.
     """
 
     cache: Any
     segments_BT: jax.Array
     last_B: jax.Array
     position_B: jax.Array
+    given: Given | None = None
 
 
 def prefill(params: Any, ids_BS: jax.Array, valid_BS: jax.Array, bias_LE: jax.Array, config: Config, vocab_size: int,
-            slots: int) -> tuple[jax.Array, Written]:
+            slots: int, given: tuple[jax.Array, jax.Array] | None = None) -> tuple[jax.Array, Written]:
     """Reads prompts, padded on the left, into an empty cache of ``slots`` tokens.
+
+    Args:
+      given: (ids, valid) for an encoder, ``[B, T]``; the prompts are then what the decoder begins with.
 
     Returns:
       The logits of each row's next token, fp32 ``[B, V]``, and what was read.
     """
     model = nnx.merge(model_graph(config, vocab_size), params)
     batch, width = ids_BS.shape
-    ids_BS, valid_BS = jax.reshard(ids_BS, P(TOKEN_AXES)), jax.reshard(valid_BS, P(TOKEN_AXES))
-    # Positions count from the first real token; padding on the left is seen by nobody.
-    positions_BS = jnp.maximum(jnp.cumsum(valid_BS, axis=1, dtype=jnp.int32) - 1, 0)
+    ids_BS, valid_BS, positions_BS = _placed(ids_BS, valid_BS)
     segments_BT = jnp.pad(valid_BS.astype(jnp.int32), ((0, 0), (0, slots - width)))
+    if given is not None:
+        given_ids_BT, given_valid_BT, given_positions_BT = _placed(*given)
+        given = Given(given_ids_BT, given_positions_BT, given_valid_BT.astype(jnp.int32), given_valid_BT)
+        output = model(ids_BS, positions_BS, valid_BS.astype(jnp.int32), valid_BS, RoutingMode.causal(config), bias_LE, None,
+                       model.empty_cache(batch, slots, given_ids_BT.shape[1]), segments_BT, 0, given=given)
+        return output.logits_BSV[:, -1], Written(output.cache, segments_BT, ids_BS[:, -1], positions_BS[:, -1] + 1, given)
     cache = model.empty_cache(batch, slots)
     # A model that was trained to see what it is given from both sides reads prompts so.
     in_prefix_BS = valid_BS if config.data.prefix_attention == "bidirectional" else None
@@ -146,15 +175,23 @@ def prefill(params: Any, ids_BS: jax.Array, valid_BS: jax.Array, bias_LE: jax.Ar
     return output.logits_BSV[:, -1], Written(output.cache, segments_BT, ids_BS[:, -1], positions_BS[:, -1] + 1)
 
 
+def _placed(ids_BS, valid_BS):
+    """(ids, valid, positions) where tokens lie."""
+    ids_BS, valid_BS = jax.reshard(ids_BS, P(TOKEN_AXES)), jax.reshard(valid_BS, P(TOKEN_AXES))
+    # Positions count from the first real token; padding on the left is seen by nobody.
+    return ids_BS, valid_BS, jnp.maximum(jnp.cumsum(valid_BS, axis=1, dtype=jnp.int32) - 1, 0)
+
+
 def decode(params: Any, written: Written, token_B: jax.Array, index: jax.Array | int, bias_LE: jax.Array, config: Config,
            vocab_size: int) -> tuple[jax.Array, Written]:
     """Reads one token more per row, into slot ``index``; as :func:`prefill`."""
     model = nnx.merge(model_graph(config, vocab_size), params)
     one_B1 = jnp.ones_like(token_B)[:, None]
     segments_BT = jax.lax.dynamic_update_slice_in_dim(written.segments_BT, one_B1, index, 1)
+    pair = {} if written.given is None else {"given": written.given, "encode": False}
     output = model(token_B[:, None], written.position_B[:, None], one_B1, one_B1.astype(bool), RoutingMode.causal(config),
-                   bias_LE, None, written.cache, segments_BT, index, written.last_B[:, None])
-    return output.logits_BSV[:, 0], Written(output.cache, segments_BT, token_B, written.position_B + 1)
+                   bias_LE, None, written.cache, segments_BT, index, written.last_B[:, None], **pair)
+    return output.logits_BSV[:, 0], Written(output.cache, segments_BT, token_B, written.position_B + 1, written.given)
 
 
 def lowered(step: str, config: Config, vocab_size: int, params: Any, bias_LE: Any, batch: int,
