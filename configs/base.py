@@ -279,3 +279,13 @@ def get_config() -> ConfigDict:
     training.sample_length = 128      # tokens per sample; 0 = none
     training.seed = 0                 # parameters and router noise
     return config
+
+
+def of_family(family: str, size: str = "tiny") -> ConfigDict:
+    """The settings above with those of a published model over them: a row of moe_jax/models/families.py."""
+    from moe_jax import families
+
+    config = get_config()
+    for section, values in families.settings(family, size).items():
+        config[section].update(values)
+    return config
