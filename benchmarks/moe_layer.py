@@ -187,7 +187,8 @@ def dense_program(case: Case, pass_name: str, dtype: str) -> Program:
     return Program(_with_gradients(lambda p, x: nnx.merge(graph, p)(x), pass_name), (parameters, x_GTD, d_GTD))
 
 
-def moe_program(case: Case, dispatch: str, pass_name: str, dtype: str) -> Program:
+def moe_program(case: Case, dispatch: str, pass_name: str, dtype: str, moe: dict | None = None) -> Program:
+    """``moe``: other settings of the layer."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -198,7 +199,7 @@ def moe_program(case: Case, dispatch: str, pass_name: str, dtype: str) -> Progra
     config = resolve({
         "model": {"d_model": case.D, "num_heads": 1, "num_kv_heads": 1, "head_dim": case.D, "dtype": dtype},
         "moe": {"num_experts": case.E, "experts_per_token": case.K, "d_ff": case.F, "capacity_factor": 1.25,
-                "dispatch": dispatch, "activation": "swiglu"},
+                "dispatch": dispatch, "activation": "swiglu", **(moe or {})},
         "data": {"sequence_length": case.T, "batch_size": 1},
     })
     graph, parameters = nnx.split(MoELayer(config, nnx.Rngs(0)))
