@@ -9,13 +9,18 @@ import pytest
 import tiny
 from attention_variants import VARIANTS
 from flax import nnx
+from jax.sharding import NamedSharding
 from numpy_attention import attention_layer
 
-from moe_jax.inference.generate import decode, prefill
-from moe_jax.models.decoder import attention_mask, limited_masks
+from moe_jax.inference.generate import decode, lowered, prefill
+from moe_jax.models.decoder import Decoder, attention_mask, limited_masks
 from moe_jax.nn.attention import Attention
 from moe_jax.nn.latent_attention import LatentAttention
-from moe_jax.sharding import ACTIVATIONS, TOKEN_AXES, spec
+from moe_jax.planning.formulas import estimate
+from moe_jax.planning.operations import work
+from moe_jax.planning.slices import parse_slice
+from moe_jax.sharding import ACTIVATIONS, AXES, TOKEN_AXES, parameter_spec, spec
+from moe_jax.training.state import initial_params
 
 # Two documents and padding in a row of 16.
 POSITIONS = np.array([*range(9), *range(5), 0, 0], np.int32)
@@ -135,3 +140,72 @@ def test_prompts_and_single_tokens_give_the_logits_of_the_whole_text(name):
     config = model_config(name)
     found, wanted = by_steps_and_at_once(config, drawn_params(config))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["OLMoE", "GPT-OSS", "Llama-4", "DeepSeek-V3"])
+def test_eight_devices_compute_what_one_does(name):
+    """Gradients of the loss, and single tokens behind prompts."""
+    config, mesh = model_config(name, data_batch_size=8), tiny.mesh(data=2, fsdp=2, tensor=2)
+    params, batch = drawn_params(config), tiny.batch(rows=8, length=16, lengths=[16, 9, 16, 3, 12, 16, 16, 5], segments=2)
+    one, eight = (tiny.grads(config, params, batch, where)[0] for where in (tiny.ONE, mesh))
+    tiny.assert_close(eight, one, rtol=1e-4, atol=1e-5)
+    found, wanted = by_steps_and_at_once(config, params, mesh)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_call_of_several_tokens_behind_others_sees_what_the_ring_held():
+    """Tokens 0 to 5, then 6 to 11, then one by one; index known to the program only as it runs."""
+    config, x_BSD = tiny.config(**VARIANTS["Mixtral"]), jnp.asarray(np.random.default_rng(0).normal(size=(1, 14, 16)), jnp.float32)
+    positions_BS, ones_BS = jnp.arange(14)[None], jnp.ones((1, 14), jnp.int32)
+
+    def call(module, x_BSD, cache, index):
+        index, length = jnp.asarray(index), x_BSD.shape[1]
+        here = jax.lax.dynamic_slice_in_dim(positions_BS, index, length, 1)
+        filled_BT = (positions_BS < index + length).astype(jnp.int32)
+        mask = limited_masks(config, here, ones_BS[:, :length], filled_BT, here >= 0, index, True)["sliding"]
+        return module(x_BSD, here, mask, cache, index)
+
+    def run(x_BSD):
+        module = Attention(config.model, nnx.Rngs(params=0), config.attention, config.attention.pattern[0])
+        x_BSD = jax.reshard(x_BSD, spec("BSD", ACTIVATIONS))
+        whole_BSD = module(x_BSD, positions_BS, limited_masks(config, positions_BS, ones_BS, ones_BS, ones_BS > 0)["sliding"])[0]
+        cache, parts = module.empty_cache(1, 14), []
+        assert cache[0].shape[1] == 5
+        for start, end in ((0, 6), (6, 12), (12, 13), (13, 14)):
+            y_BSD, cache = call(module, x_BSD[:, start:end], cache, start)
+            parts.append(y_BSD)
+        return whole_BSD, jnp.concatenate(parts, axis=1)
+
+    with jax.set_mesh(tiny.ONE):
+        whole_BSD, parts_BSD = jax.jit(run, compiler_options=tiny.QUICK)(x_BSD)
+    np.testing.assert_allclose(parts_BSD, whole_BSD, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "Llama-4", "GPT-OSS", "DeepSeek-V3", "latents with sinks, in windows and without positions"])
+def test_a_cache_holds_what_the_planner_counts(name):
+    """Windows and chunks no more than themselves, latents one vector and one key per token."""
+    config = model_config(name, model_vocab_size=tiny.VOCAB, data_sequence_length=12, data_batch_size=4)
+    with jax.set_mesh(tiny.ONE):
+        cache = jax.eval_shape(lambda: Decoder(config, tiny.VOCAB, nnx.Rngs(0)).empty_cache(4, 12))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert estimate(config, parse_slice("v5e-1"), dict.fromkeys(AXES, 1), "decode").kv_cache_bytes == held
+    per_token = 2 * 2 * config.model.head_dim if config.attention.kind == "heads" else 6 + 4
+    if name in ("GPT-OSS", "latents with sinks, in windows and without positions", "DeepSeek-V3"):
+        slots = {"GPT-OSS": 4 + 12, "DeepSeek-V3": 12 + 12}.get(name, 3 + 5)
+        assert held == 4 * slots * per_token * 4
+
+
+@pytest.mark.parametrize("name", ["plain", "Mixtral", "GPT-OSS", "Llama-4", "DeepSeek-V2-Lite", "DeepSeek-V3"])
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_the_planner_counts_the_operations_of_the_compiled_program(name, step):
+    """Products; on a CPU, where attention is the plain one: hidden scores are computed too."""
+    config = model_config(name, model_vocab_size=tiny.VOCAB, data_sequence_length=64, data_batch_size=2)
+    with jax.set_mesh(tiny.ONE):
+        params = jax.eval_shape(lambda: initial_params(config, tiny.VOCAB, jax.random.key(0)))
+        placed = jax.tree_util.tree_map_with_path(lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(tiny.ONE, parameter_spec(path[-1].key, leaf.ndim))), params)
+        bias_LE = jax.ShapeDtypeStruct((0, 1), jnp.float32)
+        text = lowered(step, config, tiny.VOCAB, placed, bias_LE, 2, 64).compile(compiler_options=tiny.QUICK).as_text()
+    wanted = estimate(config, parse_slice("v5e-1"), dict.fromkeys(AXES, 1), step).hardware_flops
+    assert work(text).flops == pytest.approx(wanted, rel=0.02)

@@ -14,6 +14,7 @@ from moe_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    LayerAttention,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -474,6 +475,61 @@ def test_field_types_are_plain():
     # resolve() compares types by identity: an annotation such as `int | None` or a string would refuse every value.
     kinds = {field.type for kind in SECTIONS.values() for field in dataclasses.fields(kind)}
     assert kinds <= {int, float, bool, str}
+
+
+# Attention
+
+
+@pytest.mark.parametrize("attention, words", [
+    ({"kind": "headz"}, ["attention.kind='headz'", "'heads', 'latent'", "Did you mean 'heads'"]),
+    ({"layers": "full,slidng"}, ["attention.layers=", "cannot be read at 'slidng'", "'sliding'", "':nope'"]),
+    ({"layers": "full:rope"}, ["attention.layers=", "cannot be read at 'full:rope'"]),
+    ({"layers": ",".join(["full"] * 5)}, ["attention.layers=", "names 5 layers", "model.num_layers=4"]),
+    ({"window": 8}, ["attention.window=8", "has no sliding layer"]),
+    ({"chunk": 8}, ["attention.chunk=8", "has no chunked layer"]),
+    ({"layers": "sliding"}, ["attention.window=0", "which need it above 0"]),
+    ({"layers": "full:nope", "positions": "none"}, ["attention.layers='full:nope'", "rotates no layer"]),
+    ({"layers": "full:nope", "qk_norm": "unscaled"}, ["attention.qk_norm='unscaled'", "leave none"]),
+    ({"layers": "full:nope", "rope_pairs": "interleaved"}, ["attention.rope_pairs='interleaved'", "a rotated layer"]),
+    ({"temperature_scale": 0.1}, ["attention.temperature_scale=0.1", "':nope' layers"]),
+    ({"temperature_floor": 4}, ["attention.temperature_floor=4", "has no effect without attention.temperature_scale"]),
+    ({"rope_factor": 2.0}, ["attention.rope_factor=2.0", "has no effect without attention.rope_scaling"]),
+    ({"rope_scaling": "yarn", "rope_factor": 2.0}, ["attention.rope_original_length=0", "needs the length"]),
+    ({"rope_scaling": "yarn", "rope_original_length": 8, "rope_low_factor": 2.0}, ["attention.rope_low_factor", "'llama3'"]),
+    ({"rope_scaling": "llama3", "rope_original_length": 8, "rope_mscale": 1.0}, ["attention.rope_mscale", "'yarn'"]),
+    ({"rope_factor": 0.5}, ["attention.rope_factor=0.5", "at least 1"]),
+    ({"latent_rank": 8}, ["attention.latent_rank=8", "has no effect without attention.kind='latent'"]),
+    ({"kind": "latent"}, ["attention.latent_rank=0", "above 0 with attention.kind='latent'"]),
+    ({"kind": "latent", "latent_rank": 8, "rope_dim": 3, "value_dim": 8}, ["attention.rope_dim=3", "even", "2, 4"]),
+    ({"kind": "latent", "latent_rank": 8, "rope_dim": 32, "value_dim": 8}, ["attention.rope_dim=32", "model.head_dim=32"]),
+    ({"kind": "latent", "latent_rank": 8, "rope_dim": 4, "value_dim": 8, "bias": "qkv"}, ["attention.bias='qkv'", "no biases"]),
+    ({"relative_buckets": 16}, ["attention.relative_buckets=16", "has no effect without attention.positions='relative'"]),
+])
+def test_attention_that_cannot_be_or_would_not_act_is_refused(attention, words):
+    message = refusal({"attention": attention})
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"model": {"num_kv_heads": 2}, "attention": dict(kind="latent", latent_rank=8, rope_dim=4, value_dim=8)},
+     ["model.num_kv_heads=2", "share one latent", "model.num_heads=4"]),
+    ({"model": {"rope_theta": 5.0}, "attention": {"positions": "none"}}, ["model.rope_theta=5.0", "has no effect"]),
+    ({"model": {"head_dim": 7}}, ["model.head_dim=7", "even", "6, 8"]),
+    ({"model": {"scaled_tied_logits": False}}, ["model.scaled_tied_logits=False", "model.tie_embedding=True"]),
+    ({"model": {"mlp_bias": True}, "moe": {"every": 1}}, ["model.mlp_bias=True", "moe.expert_bias"]),
+    ({"model": {"norm": "batch"}}, ["model.norm='batch'", "'rms', 'layer'"]),
+    ({"attention": dict(layers="sliding", window=4), "data": dict(objective="ul2", prefix_attention="bidirectional")},
+     ["attention.layers='sliding'", "look back only"]),
+])
+def test_a_model_is_checked_against_its_attention(config, words):
+    message = refusal(config)
+    assert all(word in message for word in words), message
+
+
+def test_a_pattern_of_attention_is_repeated_over_the_layers():
+    config = resolve({"model": {"num_layers": 5}, "attention": dict(layers="chunked, full:nope", chunk=8)})
+    assert config.attention_layers == (LayerAttention("chunked"), LayerAttention("full", False)) * 2 + (LayerAttention("chunked"),)
+    assert resolve({"model": {"head_dim": 7}, "attention": {"positions": "none"}}).model.head_dim == 7
 
 
 # Round trips

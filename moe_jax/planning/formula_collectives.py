@@ -163,10 +163,12 @@ def _tensor(make: _Maker) -> Iterator[Collective]:
     backward = 1 if make.training else 0
     again = 1 if make.training and model.remat == "block" else 0
     layers = trained_layers(config) if make.training else model.num_layers
-    yield make("all-reduce", ("tensor",), stream, item, layers * (1 + again + backward), "attention")
+    yield make("all-reduce", ("tensor",), stream, item, layers * (1 + again), "attention")
+    for width, name in _read_by_heads(config) if backward else ():
+        yield make("all-reduce", ("tensor",), (*stream[:2], width), item, layers, f"gradient of attention's {name}")
     for networks, name in ((layers - make.moe_layers(), "dense"), (make.moe_layers() * _beside(moe), "beside experts")):
         # Nobody reads the output of a block's last layer again.
-        last = sum(times for pattern, times in blocks(config) if not pattern[-1]) if name == "dense" else 0
+        last = sum(times for pattern, times in blocks(config) if not pattern[-1].is_moe) if name == "dense" else 0
         yield make("all-reduce", ("tensor",), stream, item, networks * (1 + again + backward) - again * min(last, networks),
                    f"feed-forward, {name}")
     if make.moe_layers():
@@ -177,6 +179,15 @@ def _tensor(make: _Maker) -> Iterator[Collective]:
         outputs = _predictions(make)
         yield make("all-reduce", ("tensor",), stream[:2], 4, 3 * outputs, "loss: maximum, sum and target over the vocabulary")
         yield make("all-reduce", ("tensor",), stream, item, outputs, "gradient of the logits' input")
+
+
+def _read_by_heads(config):
+    """(width, what) of all that the heads of one layer's attention are made of, whose gradients are sums over them."""
+    attention, width = config.attention, config.model.d_model
+    if attention.kind == "heads":
+        return [(width, "input")]
+    query = (attention.query_rank, "query's latent") if attention.query_rank else (width, "input")
+    return [query, (attention.latent_rank, "latent"), (attention.rope_dim, "rotary key")]
 
 
 def _beside(moe):

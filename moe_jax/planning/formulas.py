@@ -15,16 +15,18 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import Config, MeshConfig
 from moe_jax.dispatch.expert_parallel import rows_at_once
-from moe_jax.models.stack import layer_pattern
+from moe_jax.models.decoder import decoder_kinds
+from moe_jax.models.stack import LayerKind, stack_pattern
 from moe_jax.nn.activations import activation
+from moe_jax.nn.cache import slots_of
 from moe_jax.nn.splash import unfit
 from moe_jax.planning.hlo import Collective
 from moe_jax.planning.slices import Slice
 from moe_jax.routing import ROUTERS
 from moe_jax.sharding import TOKEN_AXES
 from moe_jax.training.flops import (
-    computed_choices, count_parameters, forward_flops_per_token, group_tokens, hardware_flops_per_token,
-    training_flops_per_token)
+    computed_choices, count_parameters, forward_flops_per_token, group_tokens, hardware_flops_per_token, score_weights,
+    seen_keys, training_flops_per_token)
 from moe_jax.training.state import initial_state, state_specs
 
 
@@ -87,7 +89,7 @@ class Share:
       rows, length: sequences, and tokens of each.
       dispatch: the dispatcher that runs.
       passes: how often the layers run forward: 2 where the backward pass runs them again.
-      splash: attention runs by the kernel.
+      splash: the spans of layers whose attention runs by the kernel.
       item: bytes of a number in the compute dtype.
     """
 
@@ -97,7 +99,7 @@ class Share:
     length: int
     dispatch: str
     passes: int
-    splash: bool
+    splash: frozenset[str]
     item: int
 
     @classmethod
@@ -107,10 +109,11 @@ class Share:
         length = 1 if step == "decode" else config.data.sequence_length
         shards = math.prod(sizes[axis] for axis in TOKEN_AXES)
         # The formulas are of a program for TPUs, whatever this machine is.
-        fits = config.model.attention != "plain" and not unfit(length, config.model.head_dim, "tpu")
-        fits = fits and config.data.prefix_attention == "causal"
+        allowed = config.model.attention != "plain" and config.data.prefix_attention == "causal" and step != "decode"
+        splash = frozenset(layer.span for layer in config.attention_layers if allowed and not unfit(
+            length, config.model.head_dim, "tpu", config.attention, layer.span))
         return cls(sizes, step, -(-batch // shards), length, config.moe.dispatch if training else "dropless",
-                   2 if training and config.model.remat != "none" else 1, fits and step != "decode",
+                   2 if training and config.model.remat != "none" else 1, splash,
                    jnp.dtype(config.model.dtype).itemsize)
 
     @property
@@ -228,7 +231,7 @@ def _training_memory(config: Config, share: Share, state: dict[str, list[Leaf]])
 def _inference_memory(config, share, state, cache):
     params = sum(leaf.bytes for leaf in state["params"])
     last = share.tokens * config.model.vocab_size // share.sizes["tensor"] * 4
-    layer = max(_layer_bytes(config, share, is_moe) for is_moe in set(_pattern(config)))
+    layer = max(_layer_bytes(config, share, kind) for kind in set(decoder_kinds(config)))
     work = max(layer + _gathered_bytes(share, state), _table_bytes(config, share, state) + last)
     return {"parameters": params, "key/value cache": cache, "other state and batch": share.tokens * 8,
             "activations at work": work}
@@ -242,13 +245,12 @@ def _batch_bytes(config, share):
 
 
 def _cache_bytes(config: Config, share: Share) -> int:
-    model = config.model
-    heads = model.num_kv_heads // share.sizes["tensor"]
-    return 2 * model.num_layers * share.rows * config.data.sequence_length * heads * model.head_dim * share.item
-
-
-def _pattern(config: Config) -> tuple[bool, ...]:
-    return tuple(i in config.moe_layers for i in range(config.model.num_layers))
+    model, attention = config.model, config.attention
+    numbers = 2 * model.num_kv_heads // share.sizes["tensor"] * model.head_dim
+    if attention.kind == "latent":
+        numbers = attention.latent_rank + attention.rope_dim
+    slots = sum(slots_of(attention, layer.span, config.data.sequence_length) for layer in config.attention_layers)
+    return slots * share.rows * numbers * share.item
 
 
 def trained_layers(config: Config) -> int:
@@ -256,11 +258,11 @@ def trained_layers(config: Config) -> int:
     return config.model.num_layers + config.model.mtp_depth
 
 
-def blocks(config: Config) -> list[tuple[tuple[bool, ...], int]]:
-    """((is MoE, per layer), how often) of the blocks that are rematerialised as one, in order; those of multi-token
+def blocks(config: Config) -> list[tuple[tuple[LayerKind, ...], int]]:
+    """((kind of each layer), how often) of the blocks that are rematerialised as one, in order; those of multi-token
     prediction last."""
-    layers = _pattern(config)
-    prefix, period, repeats = layer_pattern(layers) if config.model.scan_layers else (0, len(layers), 1)
+    layers = decoder_kinds(config)
+    prefix, period, repeats = stack_pattern(config, layers)
     body = layers[prefix:prefix + period]
     single = (*layers[prefix + period * repeats:], *layers[-1:] * config.model.mtp_depth)
     return [*(((m,), 1) for m in layers[:prefix]), (body, repeats), *(((m,), 1) for m in single)]
@@ -284,21 +286,33 @@ def _block_bytes(config, share):
     most = 0
     for layers, _ in blocks(config):
         recomputed = sum(_layer_bytes(config, share, m) for m in layers) if config.model.remat != "none" else 0
-        most = max(most, recomputed + max(_hidden_bytes(config, share, m) for m in layers))
+        most = max(most, recomputed + max(_hidden_bytes(config, share, m.is_moe) for m in layers))
     return most
 
 
-def _layer_bytes(config: Config, share: Share, is_moe: bool) -> int:
+def _layer_bytes(config: Config, share: Share, kind: LayerKind) -> int:
     """Activations of one layer that its backward pass reads."""
-    model, tensor = config.model, share.sizes["tensor"]
+    model, tensor, span = config.model, share.sizes["tensor"], kind.attention.span
     stream = share.tokens * model.d_model * share.item
-    heads, kv_heads = model.num_heads // tensor, model.num_kv_heads // tensor
-    # Two normed inputs and the stream between them; queries and keys before and after the rotation, values, the output.
-    attention = 3 * stream + share.tokens * model.head_dim * (3 * heads + 3 * kv_heads) * share.item
-    if not share.splash:
-        keys = config.data.sequence_length
-        attention += share.rows * heads * share.length * keys * (4 + share.item)  # fp32 and, for the product, rounded
-    return attention + _hidden_bytes(config, share, is_moe)
+    # Two normed inputs and the stream between them.
+    attention = 3 * stream + share.tokens * _attention_numbers(config, tensor) * share.item
+    if span not in share.splash:
+        length = config.data.sequence_length
+        keys = slots_of(config.attention, span, length) if share.step == "decode" else length
+        attention += share.rows * model.num_heads // tensor * share.length * keys * (4 + share.item)  # fp32 and, for the product, rounded
+    return attention + _hidden_bytes(config, share, kind.is_moe)
+
+
+def _attention_numbers(config, tensor):
+    """Of one token: queries and keys before and after the rotation, values, the output; of latents also these, before and
+    after their norms, and the keys' parts."""
+    model, attention = config.model, config.attention
+    heads, kv_heads, head = model.num_heads // tensor, model.num_kv_heads // tensor, model.head_dim
+    if attention.kind == "latent":
+        of_heads = heads * (2 * head + 2 * head - attention.rope_dim + 2 * attention.value_dim)
+        return of_heads + 2 * (attention.query_rank + attention.latent_rank + attention.rope_dim)
+    more = (attention.qk_norm != "none") * (heads + kv_heads) + (attention.clip_qkv > 0) * (heads + 2 * kv_heads)
+    return head * (3 * heads + 3 * kv_heads + more)
 
 
 def _hidden_bytes(config: Config, share: Share, is_moe: bool) -> int:
@@ -320,11 +334,16 @@ def _hidden_bytes(config: Config, share: Share, is_moe: bool) -> int:
     return total
 
 
-def _product_bytes(config, share, is_moe):
+def _product_bytes(config, share, kind):
     """Results of products with weights, which remat='dots' keeps."""
     model, moe, tensor = config.model, config.moe, share.sizes["tensor"]
-    attention = share.tokens * (model.head_dim * (model.num_heads + 2 * model.num_kv_heads) // tensor + model.d_model)
-    if not is_moe:
+    of_heads, latents = model.head_dim * (model.num_heads + 2 * model.num_kv_heads), 0
+    if config.attention.kind == "latent":
+        rope = config.attention.rope_dim
+        of_heads = model.num_heads * (2 * model.head_dim - rope + config.attention.value_dim)
+        latents = config.attention.query_rank + config.attention.latent_rank + rope
+    attention = share.tokens * (of_heads // tensor + latents + model.d_model)
+    if not kind.is_moe:
         return (attention + share.tokens * (len(activation(model.activation).branches) * model.d_ff // tensor
                                             + model.d_model)) * share.item
     width = max(width for width, _ in moe.width_classes)
@@ -364,8 +383,7 @@ def _flops(config: Config, share: Share, step: str) -> tuple[float, float]:
     data, vocab_size = config.data, config.model.vocab_size
     if step != "train":
         tokens = data.batch_size * share.length
-        context = data.sequence_length if step == "prefill" else 2 * data.sequence_length  # all keys, not half of them
-        forward = forward_flops_per_token(config, vocab_size, context) * tokens
+        forward = forward_flops_per_token(config, vocab_size, data.sequence_length, last=step == "decode") * tokens
         return forward, forward + tokens * (_hidden_scores(config, share) if step == "prefill" else 0)
     tokens = config.tokens_per_step
     model = training_flops_per_token(config, vocab_size) * tokens
@@ -376,15 +394,22 @@ def _flops(config: Config, share: Share, step: str) -> tuple[float, float]:
     if config.model.remat == "block":
         hardware += layers + extra
     elif config.model.remat == "dots":  # what is not a product with weights: scores and values
-        hardware += 2 * trained_layers(config) * config.model.num_heads * config.model.head_dim * data.sequence_length + extra
+        seen = sum(seen_keys(config, span, data.sequence_length) for span in _spans(config, share))
+        hardware += 2 * score_weights(config) * seen + extra
     return model, hardware * tokens
 
 
 def _hidden_scores(config, share):
-    """Per token: plain attention also computes the half of the scores that nobody may see."""
-    model = config.model
-    layers = trained_layers(config) if share.step == "train" else model.num_layers
-    return 0 if share.splash else 2 * layers * model.num_heads * model.head_dim * config.data.sequence_length
+    """Per token: plain attention also computes the scores that nobody may see."""
+    length = config.data.sequence_length
+    hidden = sum(length - seen_keys(config, span, length) for span in _spans(config, share) if span not in share.splash)
+    return 2 * score_weights(config) * hidden
+
+
+def _spans(config, share):
+    """What each layer that runs sees."""
+    layers = config.attention_layers
+    return [layer.span for layer in (*layers, *layers[-1:] * (config.model.mtp_depth if share.step == "train" else 0))]
 
 
 def _one_hot(config, share):
