@@ -124,6 +124,10 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             f"{microbatch} sequences, which do not divide over data x fsdp x expert = {token_shards} devices; nearest "
             f"legal data.batch_size: {nearest_multiples(config.data.batch_size, token_shards * config.training.microbatches)}.")
     sequences = config.sequences_per_group
+    if config.moe_layers and config.moe.group_over == "all" and token_shards > 1:
+        raise ConfigError(f"moe.group_over='all': all tokens of a microbatch are one group, which lies on one device, but data x fsdp "
+                          f"x expert = {token_shards} share them; set mesh.data=1, mesh.fsdp=1 and mesh.expert=1, or another "
+                          f"moe.group_over.")
     if not config.moe.is_dense and (microbatch // token_shards) % sequences:
         raise ConfigError(
             f"moe.group_size={config.moe.group_size} spans {sequences} sequences, but each of the {token_shards} token "

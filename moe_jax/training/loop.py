@@ -492,9 +492,10 @@ def final_evaluation(trainer: _Trainer) -> tuple[dict[str, Any], dict[str, np.nd
 
 
 def baselines(trainer: _Trainer, summary: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Unigram and bigram models of the same training text on the same validation targets; {} when streaming."""
+    """Unigram and bigram models of the same training text on the same validation targets; {} when streaming, and of an
+    encoder–decoder, whose targets are no running text."""
     data = trainer.run.data
-    if data.store is None:
+    if data.store is None or trainer.config.model.encoder_layers:
         return {}
     losses = ngram_losses(data.store.splits["train"], trainer.batches(), data.vocabulary.vocab_size)
     per_byte = summary["tokens"] / summary["bytes"] / math.log(2) if summary["bytes"] else None
