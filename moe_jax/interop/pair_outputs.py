@@ -60,9 +60,9 @@ def pooled_balance_loss(logits_LBSE: jax.Array, valid_BS: jax.Array, experts_per
     shares_LBSE = jax.nn.softmax(logits_LBSE, axis=-1)
     _, expert_LBSK = jax.lax.top_k(jax.lax.stop_gradient(shares_LBSE), experts_per_token)
     chosen_LBSE = jnp.sum(jax.nn.one_hot(expert_LBSK, num_experts), axis=-2)
-    weight_BS1 = valid_BS[..., None].astype(jnp.float32)
-    count = logits_LBSE.shape[0] * jnp.sum(weight_BS1)
-    mean = lambda x_LBSE: jnp.sum(x_LBSE * weight_BS1, axis=(0, 1, 2)) / count
+    weight_LBS1 = valid_BS[None, ..., None].astype(jnp.float32)
+    count = logits_LBSE.shape[0] * jnp.sum(weight_LBS1)
+    mean = lambda x_LBSE: jnp.sum(x_LBSE * weight_LBS1, axis=(0, 1, 2)) / count
     return num_experts * jnp.sum(mean(chosen_LBSE) * mean(shares_LBSE))
 
 

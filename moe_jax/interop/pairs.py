@@ -6,9 +6,9 @@ from typing import Any
 
 from moe_jax.config import Config
 from moe_jax.interop.common import Overrides
-from moe_jax.interop.pair_outputs import nllb_losses, switch_losses
 from moe_jax.interop.layouts import FLAT, SAME, Linear
-from moe_jax.interop.settings import Settings
+from moe_jax.interop.pair_outputs import nllb_losses, switch_losses
+from moe_jax.interop.settings import InteropError, Settings
 from moe_jax.interop.table import Family, Rule
 
 # Feed-forward networks without a gate, by torch's name of the activation.
@@ -120,7 +120,10 @@ def _ffn_rules(config: Config, key: str, stack: str, names: tuple[str, str]) -> 
 def _switch_layers(settings: Settings, layers: int, sparse: str) -> list[int]:
     """transformers: every ``layers // sparse``-th from the second on; asked for none it makes a step of all layers, asked for
     more than there are, none."""
-    count = settings.get(sparse, 3)
+    return _sparse_layers(layers, settings.value(sparse, 3))
+
+
+def _sparse_layers(layers: int, count: int) -> list[int]:
     step = layers // count if count > 0 else layers
     return [i for i in range(layers) if step and (i % step == 1 or step == 1)]
 
@@ -153,12 +156,16 @@ def _switch_config(settings: Settings) -> Overrides:
 
 
 def _sparse_count(layers: tuple[int, ...], total: int) -> int:
-    """The number that :func:`_switch_layers` makes these layers of; more than there are for none."""
-    for count in range(total + 2):
-        step = total // count if count else total
-        if tuple(i for i in range(total) if step and (i % step == 1 or step == 1)) == layers:
+    """The number that :func:`_switch_layers` makes these layers of; more than there are for none.
+
+    Raises:
+      InteropError: there is no such number.
+    """
+    for count in (len(layers), *range(1, total + 2), 0):
+        if _sparse_layers(total, count) == list(layers):
             return count
-    raise ValueError(f"no number of sparse layers makes {layers} of {total}")
+    raise InteropError(f"Switch Transformers has every so many layers as mixtures, from the second on; layers "
+                       f"{', '.join(map(str, layers))} of {total} (moe.layers, moe.encoder_layers) are not of that kind.")
 
 
 def _switch_settings(config: Config, vocab_size: int) -> dict[str, Any]:
@@ -251,9 +258,13 @@ def _nllb_routing(settings: Settings, width: int, experts: int) -> Overrides:
 
 
 def _nllb_settings(config: Config, vocab_size: int) -> dict[str, Any]:
-    model, moe = config.model, config.moe
-    steps = {f"{stack}_sparse_step": layers[0] + 1 if layers else 0
-             for stack, layers in (("encoder", config.encoder_moe_layers), ("decoder", config.decoder_moe_layers))}
+    model, moe, steps = config.model, config.moe, {}
+    for stack, layers, total in (("encoder", config.encoder_moe_layers, model.encoder_layers),
+                                 ("decoder", config.decoder_moe_layers, model.num_layers)):
+        steps[f"{stack}_sparse_step"] = step = layers[0] + 1 if layers else 0
+        if _every(step, total) != list(layers):
+            raise InteropError(f"NLLB-MoE has every so many layers as mixtures, the last of each so many; layers "
+                               f"{', '.join(map(str, layers))} of the {stack}'s {total} are not of that kind.")
     both = {name: value for stack in ("encoder", "decoder")
             for name, value in ((f"{stack}_ffn_dim", model.d_ff), (f"{stack}_attention_heads", model.num_heads))}
     return {

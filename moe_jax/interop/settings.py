@@ -22,6 +22,7 @@ _WITHOUT_EFFECT = frozenset("""
     output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type qk_head_dim
     resid_pdrop return_dict router_aux_loss_coef router_jitter_noise seq_aux sep_token_id task_specific_params tokenizer_class
     torch_dtype torchscript transformers_version unk_token_id use_cache aux_loss_alpha quantization_config
+    activation_dropout decoder_layerdrop dropout dropout_rate encoder_layerdrop init_std initializer_factor max_length
 """.split())
 
 
