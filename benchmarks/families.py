@@ -24,7 +24,7 @@ from benchmarks.moe_layer import CASES, Program, _versions, moe_program, timed
 from moe_jax import environment
 
 REPETITIONS = 20  # a median of fewer is not worth quoting
-# What transformers is compared on, and the router's rule: its Mixtral block shares the gates among the K, its OLMoE block does not.
+# What transformers is compared on, and whose block: Mixtral's shares the gates among the K, OLMoE's does not.
 BLOCKS = {"mixtral": "mixtral", "switch": "olmoe", "olmoe": "olmoe", "many_small": "olmoe", "tiny": "mixtral"}
 DEFAULT_BLOCKS = ("mixtral", "switch", "olmoe", "many_small")
 # Tokens that decoding is timed over, and the rows it writes at once.
@@ -145,8 +145,8 @@ def _model_programs(run) -> dict:
     logits = jax.jit(lambda params, batch: forward(config, vocab_size, params, batch, mode, bias_LE).logits_BSV,
                      compiler_options=compiler_options())
     prompts = np.random.default_rng(0).integers(3, run.data.vocabulary.vocab_size, (DECODED_ROWS, 15)).tolist()
-    write = functools.partial(generate, params, config, vocab_size, prompts, sampling=Sampling(temperature=0.0), bias_LE=bias_LE,
-                              eos_id=-1)
+    write = functools.partial(generate, params, config, vocab_size, prompts, sampling=Sampling(temperature=0.0),
+                              bias_LE=bias_LE, eos_id=-1)
     return {"forward": Call(lambda: jax.block_until_ready(logits(params, next(batches)))), "training": Call(step.timed_step),
             "decode": Call(lambda: write(max_tokens=DECODED + 1)), "prefill": Call(lambda: write(max_tokens=1))}
 
@@ -190,21 +190,22 @@ def measure_block(case_name: str, repetitions: int):
 
 
 class TorchBlock:
-    """``MixtralSparseMoeBlock`` or ``OlmoeSparseMoeBlock`` with the weights of one of our layers, in as many threads as there are
-    cores."""
+    """``MixtralSparseMoeBlock`` or ``OlmoeSparseMoeBlock`` with the weights of one of our layers, in as many threads as there
+    are cores."""
 
     def __init__(self, rule: str, case, parameters, x_GTD, d_GTD):
         try:
             import torch
             import transformers
         except ImportError as error:
-            raise SystemExit("families: error: --transformers needs torch and transformers: pip install 'moe_jax[hf]'") from error
+            raise SystemExit("families: error: --transformers needs torch and transformers: "
+                             "pip install 'moe_jax[hf]'") from error
         import numpy as np
 
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(self.threads)
-        sizes = dict(hidden_size=case.D, intermediate_size=case.F, num_experts_per_tok=case.K, num_attention_heads=1, vocab_size=8,
-                     num_hidden_layers=1)
+        sizes = dict(hidden_size=case.D, intermediate_size=case.F, num_experts_per_tok=case.K, num_attention_heads=1,
+                     vocab_size=8, num_hidden_layers=1)
         if rule == "mixtral":
             from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM as Model
 
@@ -218,11 +219,10 @@ class TorchBlock:
         self.implementation = model.config._experts_implementation
         self.block = model.model.layers[0].mlp
         tensor = lambda array: torch.from_numpy(np.array(array, np.float32))
-        experts = parameters["experts"]
+        turned = lambda name: np.swapaxes(parameters["experts"][name][...], 1, 2)
         weights = {"gate.weight": parameters["w_router_DE"][...].T,
-                   "experts.gate_up_proj": np.concatenate([np.swapaxes(experts[f"w_{name}_EDF"][...], 1, 2) for name in ("gate", "in")],
-                                                          axis=1),
-                   "experts.down_proj": np.swapaxes(experts["w_out_EFD"][...], 1, 2)}
+                   "experts.gate_up_proj": np.concatenate([turned("w_gate_EDF"), turned("w_in_EDF")], axis=1),
+                   "experts.down_proj": turned("w_out_EFD")}
         self.block.load_state_dict({name: tensor(array) for name, array in weights.items()})
         self.x, self.d = tensor(x_GTD), tensor(d_GTD)
 

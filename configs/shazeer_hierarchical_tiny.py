@@ -1,6 +1,6 @@
 """configs/shazeer_tiny.py with its 16 experts at two levels: a token keeps two of four groups, and two experts of each.
 
-    moe-jax train --config=configs/shazeer_hierarchical_tiny.py --workdir=shazeer_hierarchical
+    moe-jax train --config=configs/shazeer_hierarchical_tiny.py --workdir=workdir
 """
 
 from ml_collections import ConfigDict

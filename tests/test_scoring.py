@@ -99,7 +99,8 @@ def test_perplexity_by_hand():
     ids = lambda text: [byte + 3 for byte in text.encode()] + [1]  # ends with the end of text
     found = perplexity(texts, vocabulary, by_id, length=4)
     nats = [sum(ids(document.text)) / 100 for document in texts]
-    assert found["ce"] == pytest.approx(sum(nats) / (3 + 10 + 3)) and found["perplexity"] == pytest.approx(math.exp(found["ce"]))
+    assert found["ce"] == pytest.approx(sum(nats) / (3 + 10 + 3))
+    assert found["perplexity"] == pytest.approx(math.exp(found["ce"]))
     assert found["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / (2 + 9 + 2))
     assert (found["tokens"], found["bytes"], found["documents"], found["cut"]) == (16, 13, 3, 1)
     assert found["domains"]["x"]["ce"] == pytest.approx((nats[0] + nats[2]) / 6) and found["domains"]["y"]["cut"] == 1
@@ -190,7 +191,8 @@ def test_a_file_says_what_it_holds(tmp_path):
     ('{"choices": ["a"], "answer": 0}', "at least two texts"), ('{"choices": ["a", ""], "answer": 0}', "none of them empty"),
     ('{"choices": "ab", "answer": 0}', "must be a list"), ('{"text": "a"}', '"choices" must be a list'),
     ('{"context": 1, "choices": ["a", "b"], "answer": 0}', '"context" must be a string, not 1'),
-    ('{"domain": 1, "choices": ["a", "b"], "answer": 0}', '"domain" must be a string, not 1'), ("\udcff", "line 2: not valid JSON")])
+    ('{"domain": 1, "choices": ["a", "b"], "answer": 0}', '"domain" must be a string, not 1'),
+    ("\udcff", "line 2: not valid JSON")])
 def test_a_bad_line_is_named(tmp_path, line, words):
     path = tmp_path / "q.jsonl"
     path.write_bytes((GOOD + "\n" + line + "\n").encode("utf-8", "surrogateescape"))
@@ -200,7 +202,8 @@ def test_a_bad_line_is_named(tmp_path, line, words):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("q.txt", GOOD, "its name must end in one of .jsonl"), ("q.jsonl", "", "has no lines"), ("none.jsonl", None, "cannot read")])
+    ("q.txt", GOOD, "its name must end in one of .jsonl"), ("q.jsonl", "", "has no lines"),
+    ("none.jsonl", None, "cannot read")])
 def test_a_file_that_cannot_be_read_is_told(tmp_path, name, content, words):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -223,7 +226,8 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_command_scores_documents_and_questions(moe_jax, trained, tmp_path):
-    told = written(tmp_path / "d.jsonl", json.dumps({"body": "apple river", "domain": "fruit"}), json.dumps({"body": "one plus"}))
+    told = written(tmp_path / "d.jsonl", json.dumps({"body": "apple river", "domain": "fruit"}),
+                   json.dumps({"body": "one plus"}))
     outcome = moe_jax("eval", f"--workdir={trained}", f"--data={told}", "--config.data.text_field=body", "--json",
                       f"--out={tmp_path / 'out.json'}")
     assert outcome.code == 0, outcome.err
@@ -246,7 +250,8 @@ def test_the_run_of_held_out_text_can_be_written_to_a_file_too(moe_jax, trained,
 
 def test_options_that_do_not_go_together_are_refused(moe_jax, tmp_path):
     asked = written(tmp_path / "q.jsonl", GOOD)
-    for options, words in [(["--task=choices"], "there is none"), ([f"--data={asked}", "--task=both"], "allowed are perplexity, choices"),
+    for options, words in [(["--task=choices"], "there is none"),
+                           ([f"--data={asked}", "--task=both"], "allowed are perplexity, choices"),
                            ([f"--data={asked}", "--dispatch=gather"], "--dispatch=gather: is for held-out text"),
                            ([f"--data={asked}", "--batches=2"], "--batches=2: counts batches"),
                            ([f"--data={asked}", "--task=perplexity"], "expected an object with the text under 'text'"),

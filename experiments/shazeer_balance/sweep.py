@@ -26,8 +26,8 @@ def weights(importance, load):
 
 
 def measure(model):
-    """Of importance and load, each summed over a batch as the losses see it: their coefficient of variation, and the largest load
-    over the mean; means over validation batches. Noise is drawn as in training: without it there is no such load."""
+    """Of importance and load, each summed over a batch as the losses see it: their coefficient of variation, and the largest
+    load over the mean; means over validation batches. Noise is drawn as in training: without it there is no such load."""
     from moe_jax.nn.moe import RoutingMode
     from moe_jax.training.evaluate import put_batch
     from moe_jax.training.step import forward
@@ -88,7 +88,8 @@ SWEEP = Sweep(
     measure=measure,
     scales={
         "smoke": Scale(1, {"model.d_model": 16, "moe.num_experts": 8, "moe.d_ff": 16, "data.sequence_length": 32,
-                           "data.batch_size": 4, "data.vocabulary": "bytes", "data.source": "synthetic", "data.max_bytes": 200_000,
+                           "data.batch_size": 4, "data.vocabulary": "bytes", "data.source": "synthetic",
+                           "data.max_bytes": 200_000,
                            "optimizer.warmup_steps": 2, "training.num_steps": 6, "training.eval_batches": 2,
                            "training.log_every": 1, "training.checkpoint_every": 6, "moe.eval_dispatch": "reference"}),
         "quick": Scale(3, {"training.num_steps": 500}),

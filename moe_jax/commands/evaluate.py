@@ -12,21 +12,22 @@ _TEXT_FIELD = "--config.data.text_field="
 
 
 def add(commands) -> None:
-    evaluate = add_command(commands, "eval", run, "Evaluate a run's newest checkpoint: cross-entropy, bits per byte, by domain; of "
-                           "its held-out text, of other documents, or of questions with answers to choose from.",
+    evaluate = add_command(commands, "eval", run, "Evaluate a run's newest checkpoint: cross-entropy, bits per byte, by "
+                           "domain; of its held-out text, of other documents, or of questions with answers to choose from.",
                            overrides=True)
     add_workdir(evaluate)
     add_devices(evaluate)
-    evaluate.add_argument("--data", default="", metavar="FILE.jsonl", help='other text: each line an object with "text", or with '
-                          '"context", "choices" and "answer" (the index of the right one), and perhaps "domain" '
+    evaluate.add_argument("--data", default="", metavar="FILE.jsonl", help='other text: each line an object with "text", or '
+                          'with "context", "choices" and "answer" (the index of the right one), and perhaps "domain" '
                           "(docs/evaluation.md)")
-    evaluate.add_argument("--task", default="", help=f"what --data holds: {' or '.join(_TASKS)} (default: as its first line looks)")
-    evaluate.add_argument("--dispatch", default="", help="dropless, gather, einsum or reference, of held-out text (default: the "
-                          "config's moe.eval_dispatch); --data is always dropless")
+    evaluate.add_argument("--task", default="", help=f"what --data holds: {' or '.join(_TASKS)} (default: as its first line "
+                          "looks)")
+    evaluate.add_argument("--dispatch", default="", help="dropless, gather, einsum or reference, of held-out text (default: "
+                          "the config's moe.eval_dispatch); --data is always dropless")
     evaluate.add_argument("--batches", type=int, default=0, help="validation batches (default: all of them)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.add_argument("--out", default="", metavar="FILE.json", help="also write the result to this file; of --data with the "
-                          "score of every document or choice")
+    evaluate.add_argument("--out", default="", metavar="FILE.json", help="also write the result to this file; of --data with "
+                          "the score of every document or choice")
     add_placement(evaluate)
 
 
@@ -66,11 +67,11 @@ def _check_data(arguments) -> None:
     if arguments.task and arguments.task not in _TASKS:
         raise CommandError(f"--task={arguments.task}: allowed are {', '.join(_TASKS)}")
     if arguments.data and arguments.dispatch:
-        raise CommandError(f"--dispatch={arguments.dispatch}: is for held-out text; --data is scored text by text, which buffers "
-                           f"that many share cannot do. Leave one of them out")
+        raise CommandError(f"--dispatch={arguments.dispatch}: is for held-out text; --data is scored text by text, which "
+                           f"buffers that many share cannot do. Leave one of them out")
     if arguments.data and arguments.batches:
-        raise CommandError(f"--batches={arguments.batches}: counts batches of held-out text, and --data is read whole; leave one of "
-                           f"them out")
+        raise CommandError(f"--batches={arguments.batches}: counts batches of held-out text, and --data is read whole; leave "
+                           f"one of them out")
 
 
 # Held-out text.
@@ -167,8 +168,8 @@ def _print_perplexity(result) -> None:
 
 def _print_choices(result) -> None:
     def text(part):
-        return (f"accuracy {100 * part['accuracy']:.2f} %, by likelihood per byte {100 * part['accuracy_normalised']:.2f} %, by "
-                f"guessing {100 * part['guessing']:.2f} %; {part['questions']:,} questions")
+        return (f"accuracy {100 * part['accuracy']:.2f} %, by likelihood per byte {100 * part['accuracy_normalised']:.2f} %, "
+                f"by guessing {100 * part['guessing']:.2f} %; {part['questions']:,} questions")
 
     print(f"step {result['step']}, {result['data']}: {text(result)}")
     for name, part in result["domains"].items():

@@ -92,4 +92,5 @@ def _question(record: dict[str, Any], where: str) -> Question:
         raise CorpusError(f'{where}: "choices" must be a list of at least two texts, none of them empty, not {choices!r}')
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise CorpusError(f'{where}: "answer" must be the index of the right choice, 0 to {len(choices) - 1}, not {answer!r}')
-    return Question(replace_surrogates(context), tuple(map(replace_surrogates, choices)), answer, replace_surrogates(domain), where)
+    choices = tuple(map(replace_surrogates, choices))
+    return Question(replace_surrogates(context), choices, answer, replace_surrogates(domain), where)

@@ -40,8 +40,8 @@ class Text:
 def check_scorable(config: Config) -> None:
     """Refuses, with ConfigError, a model that does not continue texts."""
     if config.model.encoder_layers:
-        raise ConfigError(f"model.encoder_layers={config.model.encoder_layers}: texts are scored by models that read them from left "
-                          f"to right; an encoder–decoder is not one.")
+        raise ConfigError(f"model.encoder_layers={config.model.encoder_layers}: texts are scored by models that read them from "
+                          f"left to right; an encoder–decoder is not one.")
 
 
 def log_likelihoods(params: Any, bias_LE: jax.Array, texts: Sequence[Text], config: Config, vocab_size: int,
@@ -164,9 +164,9 @@ def _perplexity(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def texts_of(question: Question, vocabulary: Vocabulary, length: int) -> tuple[list[Text], bool]:
     """The question with each of its choices, and whether its beginning had to be cut off.
 
-    Context and choice are tokenised as one text. What all choices leave of the context's own tokens is given, the same for all;
-    a token that reaches over the seam is predicted. Where a text is longer than the model's ``length``, its first tokens are left
-    out, as many of all choices as of the longest.
+    Context and choice are tokenised as one text. What all choices leave of the context's own tokens is given, the same for
+    all; a token that reaches over the seam is predicted. Where a text is longer than the model's ``length``, its first tokens
+    are left out, as many of all choices as of the longest.
 
     Raises:
       CorpusError: what is to be predicted alone is longer.
@@ -176,8 +176,8 @@ def texts_of(question: Question, vocabulary: Vocabulary, length: int) -> tuple[l
     given = min(_common(context, ids) for ids in whole)
     excess = max(0, max(map(len, whole)) - length)
     if excess > given:
-        raise CorpusError(f"{question.where}: a choice has more tokens than the {length} of the model's rows (data.sequence_length); "
-                          f"shorten it")
+        raise CorpusError(f"{question.where}: a choice has more tokens than the {length} of the model's rows "
+                          f"(data.sequence_length); shorten it")
     return [Text(ids[excess:], given - excess) for ids in whole], excess > 0
 
 
@@ -192,9 +192,9 @@ def multiple_choice(questions: Sequence[Question], vocabulary: Vocabulary, score
     """Answers each question with the choice of the highest log-likelihood; of equal ones with the first.
 
     Returns:
-      ``accuracy``; ``accuracy_normalised``, with the log-likelihood per UTF-8 byte of the choice; ``guessing``, what drawing at
-      random gives; ``questions``; ``cut`` (contexts that lost their beginning); the same by domain in ``domains``, and ``items``:
-      domain, where, log_likelihoods, answer, chosen and chosen_normalised of each.
+      ``accuracy``; ``accuracy_normalised``, with the log-likelihood per UTF-8 byte of the choice; ``guessing``, what drawing
+      at random gives; ``questions``; ``cut`` (contexts that lost their beginning); the same by domain in ``domains``, and
+      ``items``: where, domain, log_likelihoods, answer, chosen, chosen_normalised and cut of each.
     """
     texts, cut = zip(*(texts_of(question, vocabulary, length) for question in questions))
     scores = iter(score([text for each in texts for text in each]))
@@ -202,8 +202,9 @@ def multiple_choice(questions: Sequence[Question], vocabulary: Vocabulary, score
     for question, each, was_cut in zip(questions, texts, cut):
         found = np.array([next(scores) for _ in each])
         sizes = np.array([len(choice.encode("utf-8", "replace")) for choice in question.choices])
-        items.append({"where": question.where, "domain": question.domain, "log_likelihoods": found.tolist(), "answer": question.answer,
-                      "chosen": int(np.argmax(found)), "chosen_normalised": int(np.argmax(found / sizes)), "cut": was_cut})
+        items.append({"where": question.where, "domain": question.domain, "log_likelihoods": found.tolist(),
+                      "answer": question.answer, "chosen": int(np.argmax(found)),
+                      "chosen_normalised": int(np.argmax(found / sizes)), "cut": was_cut})
     return {**_by_domain(items, _accuracy), "items": items}
 
 
@@ -217,4 +218,5 @@ def _accuracy(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _by_domain(items: Sequence[dict[str, Any]], summary: Any) -> dict[str, Any]:
     domains: Iterable[str] = sorted({item["domain"] for item in items})
-    return {**summary(items), "domains": {name: summary([item for item in items if item["domain"] == name]) for name in domains}}
+    of_domain = lambda name: [item for item in items if item["domain"] == name]
+    return {**summary(items), "domains": {name: summary(of_domain(name)) for name in domains}}

@@ -80,15 +80,17 @@ class LSTMModel(nnx.Module):
         layers = len(self.layers)
         noise_keys = dropout_keys = None
         if mode.noise and key is not None:
-            noise_keys, dropout_keys = jax.random.split(key, layers), jax.random.split(jax.random.fold_in(key, layers), 2 * layers + 1)
+            noise_keys = jax.random.split(key, layers)
+            dropout_keys = jax.random.split(jax.random.fold_in(key, layers), 2 * layers + 1)
         x_BSD = self.embedding.encode(input_ids_BS, jnp.dtype(config.model.dtype))
         x_BSD = dropout(x_BSD, config.model.dropout, dropout_keys, 2 * layers)
         starts_BS, states, statistics = positions_BS == 0, [], []
         for i, layer in enumerate(self.layers):
             def route(moe, x_BSD, i=i):
                 replay_BSK = None if replay_LBSK is None else replay_LBSK[number[i]]
-                return moe(x_BSD, valid_BS, mode, bias_LE[number[i]], None if noise_keys is None else noise_keys[i], input_ids_BS,
-                           positions_BS, previous_ids_BS, replay_BSK, segment_ids_BS=segment_ids_BS)
+                noise_key = None if noise_keys is None else noise_keys[i]
+                return moe(x_BSD, valid_BS, mode, bias_LE[number[i]], noise_key, input_ids_BS, positions_BS, previous_ids_BS,
+                           replay_BSK, segment_ids_BS=segment_ids_BS)
 
             keys = None if dropout_keys is None else dropout_keys[2 * i : 2 * i + 2]
             x_BSD, state, stats = layer(x_BSD, starts_BS, None if cache is None else cache[i], route, keys)

@@ -19,9 +19,9 @@ _FORGET_BIAS = 1.0
 
 
 class LSTM(nnx.Module):
-    """c' = σ(f)·c + σ(i)·tanh(g); h' = σ(o)·tanh(c'), where (i, f, g, o) = x·W + h·U + b. As many units as the model is wide.
+    """c' = σ(f)·c + σ(i)·tanh(g); h' = σ(o)·tanh(c'), where (i, f, g, o) = x·W + h·U + b.
 
-    Letters: Q the four gates, F units, which lie on ``tensor``.
+    As many units as the model is wide. Letters: Q the four gates, F units, which lie on ``tensor``.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -73,7 +73,7 @@ def _forward_scan(z_SBQF, weight_DQF, keep_SB, state):
     def step(state, scanned):
         z_BQF, keep_B = scanned
         h_BF, c_BF = (part_BF * keep_B[:, None] for part_BF in state)
-        z_BQF = z_BQF + _product(h_BF, weight_DQF, "BD,DQF->BQF")
+        z_BQF = z_BQF + _recurrent(h_BF, weight_DQF)
         gates_BQF = _activated(z_BQF)
         i_BF, f_BF, g_BF, o_BF = _four(gates_BQF)
         new_c_BF = f_BF * c_BF + i_BF * g_BF
@@ -101,7 +101,9 @@ def _recurrence_backward(residuals, d):
         # By gate: the gradient of its value times the slope of its sigmoid or tanh.
         d_z_BQF = jnp.stack([d_c_BF * g_BF * i_BF * (1 - i_BF), d_c_BF * c_before_BF * f_BF * (1 - f_BF),
                              d_c_BF * i_BF * (1 - g_BF**2), d_h_BF * tanh_BF * o_BF * (1 - o_BF)], axis=1)
-        d_before_BF = _product(d_z_BQF, weight_DQF, "BQF,DQF->BD")
+        # Sums over the units of all devices, of which each keeps its own: reduce-scatter over tensor.
+        d_before_BF = jnp.einsum("BQF,DQF->BD", d_z_BQF.astype(weight_DQF.dtype), weight_DQF,
+                                 out_sharding=spec("BF", ACTIVATIONS), preferred_element_type=jnp.float32)
         return (d_before_BF * keep_B[:, None], d_c_BF * f_BF * keep_B[:, None]), d_z_BQF
 
     scanned = (d_h_SBF, gates_SBQF, keep_SB, c_before_SBF, c_SBF)
@@ -116,22 +118,17 @@ def _recurrence_backward(residuals, d):
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
-def _product(x, weight_DQF, equation):
-    """The product with the recurrent weights, or with their transpose; the result, ``[B, F]`` or ``[B, Q, F]``, has its units on
-    ``tensor``, in fp32."""
-    x = x.astype(weight_DQF.dtype)
-    if equation.startswith("BD"):
-        # [B, F_tensor] -> all-gather -> [B, D]: every unit sees all outputs.
-        x = jax.reshard(x, spec("BD", ACTIVATIONS))
-        return jnp.einsum(equation, x, weight_DQF, out_sharding=spec("BQF", ACTIVATIONS), preferred_element_type=jnp.float32)
-    # Sums over units of all devices, of which each keeps its own: reduce-scatter over tensor.
-    return jnp.einsum(equation, x, weight_DQF, out_sharding=spec("BF", ACTIVATIONS), preferred_element_type=jnp.float32)
+def _recurrent(h_BF, weight_DQF):
+    # [B, F_tensor] -> all-gather -> [B, D]: every unit sees all outputs.
+    h_BD = jax.reshard(h_BF.astype(weight_DQF.dtype), spec("BD", ACTIVATIONS))
+    return jnp.einsum("BD,DQF->BQF", h_BD, weight_DQF, out_sharding=spec("BQF", ACTIVATIONS),
+                      preferred_element_type=jnp.float32)
 
 
 def _activated(z_BQF):
     """Sigmoid of the gates i, f, o; tanh of g."""
-    is_input_Q = (jnp.arange(4) == 2)[None, :, None]
-    return jnp.where(is_input_Q, jnp.tanh(z_BQF), jax.nn.sigmoid(z_BQF))
+    is_g_1Q1 = (jnp.arange(4) == 2)[None, :, None]
+    return jnp.where(is_g_1Q1, jnp.tanh(z_BQF), jax.nn.sigmoid(z_BQF))
 
 
 def _four(gates_BQF):
