@@ -33,8 +33,9 @@ def _config(settings: Settings) -> Overrides:
 
 
 def _settings(config: Config, vocab_size: int) -> dict[str, Any]:
-    moe = config.moe
-    return {**size_settings(config, vocab_size), "intermediate_size": moe.d_ff, "hidden_act": "silu",
+    moe, common = config.moe, size_settings(config, vocab_size)
+    rope = common["rope_scaling"] or {"rope_type": "default"}  # none would be the class's own
+    return {**common, "rope_scaling": rope, "intermediate_size": moe.d_ff, "hidden_act": "silu",
             "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.experts_per_token,
             "attention_bias": config.attention.bias == "all", "layer_types": layer_type_names(config),
             "sliding_window": config.attention.window or None, "swiglu_limit": moe.activation_limit,
