@@ -129,6 +129,9 @@ def check_router(moe: MoEConfig, in_decoder: bool = True) -> None:
     if moe.router_bias and not router.learned:
         raise ConfigError(f"moe.router_bias=True: is added to the router's logits, and moe.router={moe.router!r} has none; set it "
                           f"to False, or another router.")
+    if moe.capacity_counts == "group" and router.capacity is not _capacity:
+        raise ConfigError(f"moe.capacity_counts='group': a share of the group's tokens is what choices of tokens have slots of, and with "
+                          f"moe.router={moe.router!r} experts choose; set it to 'choices' or 'tokens'.")
     router.check(moe)
     _check_slots(moe)
     if moe.allow_noncausal_routing or not in_decoder or router.is_causal(moe):
