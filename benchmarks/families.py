@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks.moe_layer import CASES, Program, _versions, moe_program, timed
+from benchmarks.moe_layer import CASES, WARM_UP, Program, _versions, moe_program, timed
 from moe_jax import environment
 
 REPETITIONS = 20  # a median of fewer is not worth quoting
@@ -78,14 +78,16 @@ def _load_average() -> float | None:
 
 
 class Call:
-    """A function without arguments that waits for its result, for :func:`benchmarks.moe_layer.timed`."""
+    """A function without arguments that waits for its result, for :func:`benchmarks.moe_layer.timed`; ``processor``: the time
+    that all threads computed, of each call."""
 
     def __init__(self, function):
-        self.function = function
+        self.function, self.processor = function, []
 
     def seconds(self) -> float:
-        started = time.perf_counter()
+        started, computed = time.perf_counter(), time.process_time()
         self.function()
+        self.processor.append(time.process_time() - computed)
         return time.perf_counter() - started
 
 
@@ -178,12 +180,15 @@ def measure_block(case_name: str, repetitions: int):
         theirs.check(np.asarray(y_GTD), np.asarray(d_x_GTD))
         del y_GTD, d_parameters, d_x_GTD
         for name, program in ours.items():
-            seconds = timed({"ours": program, "theirs": Call(functools.partial(theirs.run, name))}, repetitions)
+            calls = {"ours": Call(program.seconds), "theirs": Call(functools.partial(theirs.run, name))}
+            seconds = timed(calls, repetitions)
+            processor = {who: statistics.median(call.processor[WARM_UP:]) for who, call in calls.items()}
             ratios = [a / b for a, b in zip(seconds["theirs"], seconds["ours"])]
             yield {"case": case_name, **dataclasses.asdict(case), "pass": name, "block": type(theirs.block).__name__,
                    "experts_implementation": theirs.implementation, "threads": theirs.threads,
                    "speedup": statistics.median(seconds["theirs"]) / statistics.median(seconds["ours"]),
                    "speedup_quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2,
+                   "processor_speedup": processor["theirs"] / processor["ours"],
                    "seconds": statistics.median(seconds["ours"]), "transformers_seconds": statistics.median(seconds["theirs"]),
                    "repetitions": repetitions, "load_average_before": load, "torch": importlib.metadata.version("torch"),
                    "transformers": importlib.metadata.version("transformers"), **_versions()}
@@ -202,6 +207,9 @@ class TorchBlock:
                              "pip install 'moe_jax[hf]'") from error
         import numpy as np
 
+        if int(transformers.__version__.split(".")[0]) < 5:
+            raise SystemExit(f"families: error: transformers {transformers.__version__} has no grouped experts to compare with; "
+                             f"install 5.0 or newer")
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(self.threads)
         sizes = dict(hidden_size=case.D, intermediate_size=case.F, num_experts_per_tok=case.K, num_attention_heads=1,
