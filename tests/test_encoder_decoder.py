@@ -10,12 +10,16 @@ import pytest
 import tiny
 
 from moe_jax.config import ConfigError
+from moe_jax.dispatch.placement import Placement
 from moe_jax.inference.generate import Sampling, decode, generate, prefill
 from moe_jax.models.decoder import layer_paths, moe_layer_paths, of_stacks
 from moe_jax.nn.moe import RoutingMode
 from moe_jax.nn.positions import relative_bias, sinusoidal
 from moe_jax.training.evaluate import put_batch
+from moe_jax.training.named_arrays import flatten
+from moe_jax.training.rearrange import renumbered
 from moe_jax.training.step import routing_losses
+from moe_jax.training.upcycle import upcycled
 
 T5 = dict(model_num_layers=2, model_encoder_layers=3, model_num_kv_heads=4, attention_positions="relative",
           attention_relative_buckets=8, attention_relative_distance=10, data_objective="span_corruption", data_target_length=12,
@@ -313,3 +317,28 @@ def test_prefill_and_decoding_give_the_logits_of_the_full_forward_pass(config):
             logits_BV, written = write(params, written, here["input_ids"][:, i], i)
             found.append(np.asarray(logits_BV))
     np.testing.assert_allclose(np.stack(found, axis=1), expected[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+# What is made of a trained model
+
+
+@pytest.mark.slow
+def test_an_upcycled_encoder_decoder_computes_what_the_dense_one_did():
+    dense = tiny.config(**{**T5, "moe_encoder_layers": ""}, moe_num_experts=0, moe_d_ff=32)
+    sparse = tiny.config(**T5, moe_d_ff=32, moe_renormalize=True)
+    host = jax.device_get({**tiny.state(dense), "rng": jax.random.key_data(jax.random.key(0))})
+    new = upcycled(host, dense, sparse, tiny.VOCAB)
+    found, expected = tiny.logits(sparse, new["params"], BATCH), tiny.logits(dense, host["params"], BATCH)
+    np.testing.assert_allclose(found[BATCH["valid"]], expected[BATCH["valid"]], atol=3e-6)  # experts give padding nothing
+
+
+@pytest.mark.slow
+def test_experts_of_both_stacks_that_change_places_compute_the_same():
+    params, random = tiny.params(CONFIG), np.random.default_rng(5)
+    flat = {**{f"params/{path}": leaf for path, leaf in flatten(params).items()}, "router_bias_LE": tiny.no_bias(CONFIG)}
+    expert_LP = np.stack([random.permutation(4) for _ in CONFIG.moe_layers])
+    new = renumbered(flat, CONFIG, Placement(expert_LP, 1))
+    moved = jax.tree.unflatten(jax.tree.structure(params), [new[f"params/{path}"] for path in flatten(params)])
+    assert not np.array_equal(moved["encoder"]["body"]["layers"][0]["moe"]["w_router_DE"],
+                              params["encoder"]["body"]["layers"][0]["moe"]["w_router_DE"])
+    np.testing.assert_allclose(tiny.logits(CONFIG, moved, BATCH), logits(BATCH), atol=2e-6)

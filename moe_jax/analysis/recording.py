@@ -27,7 +27,7 @@ from moe_jax.config import Config
 from moe_jax.data.documents import fingerprint_of
 from moe_jax.data.vocabularies import EOS_ID, PAD_ID, UNKNOWN_ID, Vocabulary
 from moe_jax.errors import UserError
-from moe_jax.models.decoder import Decoder, left_neighbours, moe_layer_paths
+from moe_jax.models.decoder import Decoder, is_stacked, left_neighbours, moe_layer_paths
 from moe_jax.nn.moe import WITHOUT_DROPS, GroupLayout, MoELayer, RoutingMode
 from moe_jax.routing import ROUTERS
 from moe_jax.routing.assignment import Routing
@@ -357,7 +357,7 @@ def _moe_layers(model: Decoder, config: Config) -> list[MoELayer]:
             module = module[int(name)] if name.isdigit() else getattr(module, name)
         graph, state = nnx.split(module)
         for place, number in enumerate(numbers):
-            one = jax.tree.map(lambda leaf, place=place: leaf[place], state) if path.startswith("body/") else state
+            one = jax.tree.map(lambda leaf, place=place: leaf[place], state) if is_stacked(path) else state
             layers[number] = nnx.merge(graph, one)
     return [layers[number] for number in sorted(layers)]
 

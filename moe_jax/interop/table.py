@@ -16,7 +16,7 @@ import numpy as np
 from moe_jax.config import Config
 from moe_jax.interop.layouts import LINEAR, Layout
 from moe_jax.interop.settings import Settings
-from moe_jax.models.decoder import layer_paths
+from moe_jax.models.decoder import is_stacked, layer_paths
 
 # Where the selection bias of a router lies in a TrainState, one row per MoE layer.
 BIAS = "router_bias_LE"
@@ -125,7 +125,7 @@ def _lookup(config: Config) -> dict[str, dict[int, tuple[str, tuple[int, ...]]]]
             stacks["encoder"][where] = layers
         else:
             stacks["decoder"][where] = tuple(layer - first for layer in layers)
-    return {stack: {layer: (where, (row,) if "body/" in f"{where}/" else ())
+    return {stack: {layer: (where, (row,) if is_stacked(where) else ())
                     for where, layers in paths.items() for row, layer in enumerate(layers)}
             for stack, paths in stacks.items()}
 

@@ -79,6 +79,11 @@ def layer_paths(config: Config) -> dict[str, tuple[int, ...]]:
             **{f"mtp/{i}/block/layers/0": (model.num_layers + i,) for i in range(model.mtp_depth)}}
 
 
+def is_stacked(where: str) -> bool:
+    """Whether the arrays there (:func:`layer_paths`) are of several layers, which lead."""
+    return "body/" in where
+
+
 def stack_paths(config: Config, kinds: tuple[LayerKind, ...]) -> dict[str, tuple[int, ...]]:
     """:func:`layer_paths` of one stack, without what stands before it."""
     if not kinds:

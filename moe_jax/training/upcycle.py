@@ -17,7 +17,7 @@ import optax
 
 from moe_jax.config import Config, ConfigError, resolve
 from moe_jax.data.batches import open_data
-from moe_jax.models.decoder import layer_paths
+from moe_jax.models.decoder import is_stacked, layer_paths
 from moe_jax.nn.activations import CLAMP
 from moe_jax.sharding import AXES, make_mesh
 from moe_jax.training.checkpoint import Checkpointer, CheckpointError
@@ -129,12 +129,12 @@ class _Source:
         rows = [self._row(head, layer, name) for layer in self.layers[where]]
         if is_expert:
             rows = [np.broadcast_to(row, (self.config.moe.num_experts, *row.shape)) for row in rows]
-        return np.stack(rows) if where.startswith("body/") else np.array(rows[0])
+        return np.stack(rows) if is_stacked(where) else np.array(rows[0])
 
     def _row(self, head: str, layer: int, name: str) -> np.ndarray:
         where, row = self.places[layer]
         array = np.asarray(self.dense[f"{head}{where}/{name}"])
-        return array[row] if where.startswith("body/") else array
+        return array[row] if is_stacked(where) else array
 
 
 def upcycled(dense: TrainState, dense_config: Config, config: Config, vocab_size: int,
