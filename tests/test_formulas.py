@@ -51,9 +51,10 @@ CASES = {
     "further tokens": Case.of({"fsdp": 2, "expert": 2, "tensor": 2}, model_mtp_depth=2, model_remat="none", data_batch_size=8,
                               data_objective="ul2", data_prefix_attention="bidirectional"),
     "latents": Case.of({"fsdp": 2, "expert": 2, "tensor": 2}, model_num_kv_heads=4, model_head_dim=10, attention_kind="latent",
-                       attention_query_rank=20, attention_latent_rank=14, attention_rope_dim=4, attention_value_dim=6),
+                       model_remat="none", attention_query_rank=20, attention_latent_rank=14, attention_rope_dim=4, attention_value_dim=6),
     "windows": Case.of({"fsdp": 2, "expert": 2, "tensor": 2}, model_num_layers=4, attention_layers="sliding,full",
-                       attention_window=5, attention_sinks=True, attention_bias="all", attention_qk_norm="head"),
+                       attention_window=5, attention_sinks=True, attention_bias="all", attention_qk_norm="head",
+                       model_remat="none"),
 }
 
 

@@ -118,9 +118,9 @@ class LatentAttention(nnx.Module):
     def _expanded(self, latent_BTR, key_BTd):
         """Keys and values of every head."""
         key_BTHd, value_BTHd = self._up(latent_BTR, self.w_key_RHd), self._up(latent_BTR, self.w_value_RHd)
-        # The shared key, a copy for each head.
+        # The shared key, a copy for each head, made where the head is: its gradient is added up there before it travels.
         shape = (*key_BTHd.shape[:3], key_BTd.shape[-1])
-        rope_BTHd = jax.reshard(jnp.broadcast_to(key_BTd[:, :, None], shape), spec("BTHd", ACTIVATIONS))
+        rope_BTHd = jax.lax.broadcast_in_dim(key_BTd, shape, (0, 1, 3), out_sharding=spec("BTHd", ACTIVATIONS))
         return jnp.concatenate([key_BTHd, rope_BTHd], axis=-1), value_BTHd
 
     def _absorbed(self, query_BSHd, latent_BTR, key_BTd, mask_BST):

@@ -164,8 +164,8 @@ def _tensor(make: _Maker) -> Iterator[Collective]:
     again = 1 if make.training and model.remat == "block" else 0
     layers = trained_layers(config) if make.training else model.num_layers
     yield make("all-reduce", ("tensor",), stream, item, layers * (1 + again), "attention")
-    for width, name in _read_by_heads(config) if backward else ():
-        yield make("all-reduce", ("tensor",), (*stream[:2], width), item, layers, f"gradient of attention's {name}")
+    yield make("all-reduce", ("tensor",), (*stream[:2], _read_by_heads(config)), item, layers * backward,
+               "gradient of what heads read")
     for networks, name in ((layers - make.moe_layers(), "dense"), (make.moe_layers() * _beside(moe), "beside experts")):
         # Nobody reads the output of a block's last layer again.
         last = sum(times for pattern, times in blocks(config) if not pattern[-1].is_moe) if name == "dense" else 0
@@ -182,12 +182,12 @@ def _tensor(make: _Maker) -> Iterator[Collective]:
 
 
 def _read_by_heads(config):
-    """(width, what) of all that the heads of one layer's attention are made of, whose gradients are sums over them."""
+    """Numbers per token that the heads of one layer's attention are made of, whose gradients are sums over them: the stream, or
+    latents and the rotary key."""
     attention, width = config.attention, config.model.d_model
     if attention.kind == "heads":
-        return [(width, "input")]
-    query = (attention.query_rank, "query's latent") if attention.query_rank else (width, "input")
-    return [query, (attention.latent_rank, "latent"), (attention.rope_dim, "rotary key")]
+        return width
+    return (attention.query_rank or width) + attention.latent_rank + attention.rope_dim
 
 
 def _beside(moe):
