@@ -1,15 +1,19 @@
 """The table of families: every published size counted by hand and against its authors' figures, nothing allocated."""
 
 import functools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from moe_jax import families
 from moe_jax.config import Config, ConfigError
+from moe_jax.interop import huggingface
 from moe_jax.training.flops import ParameterCount, count_parameters
 
+ROOT = Path(__file__).parents[1]
 MATRICES = {"relu": 2, "gelu": 2, "swiglu": 3, "geglu": 3, "swiglu_clamped": 3, "swiglu_linear": 4}
 ROWS = [(family, size) for family, row in families.FAMILIES.items() for size in [*row.presets, "tiny"]]
 
@@ -88,8 +92,8 @@ PUBLISHED = {
     ("shazeer", "moe_256_h"): (0.2729, None, "both"), ("shazeer", "moe_1024_h"): (1.079, None, "both"),
     ("shazeer", "moe_4096_h"): (4.3034, None, "both"),
     ("switch", "xxl"): (395, None, ""), ("switch", "c"): (1571, None, ""),
-    ("glam", "0.1b_64e"): (1.9, None, "both"), ("glam", "1.7b_64e"): (27, None, "both"), ("glam", "8b_64e"): (143, None, "both"),
-    ("glam", "64b_64e"): (None, 96.6, ""),
+    ("glam", "0.1b_64e"): (1.9, None, "both"), ("glam", "1.7b_64e"): (27, None, "both"),
+    ("glam", "8b_64e"): (143, None, "both"), ("glam", "64b_64e"): (None, 96.6, ""),
     ("st_moe", "large"): (4.1, None, ""), ("st_moe", "32b"): (269, None, ""),
     ("openmoe_paper", "base"): (0.65, None, ""), ("openmoe_code", "base"): (0.80, None, ""),
     ("openmoe_code", "8b"): (11.86, 2.75, "both of active"), ("openmoe_code", "34b"): (46.3, 8.46, "both of active"),
@@ -164,3 +168,34 @@ def test_settings_are_copies():
 def test_names_that_are_not_there(call, words):
     with pytest.raises(ConfigError, match=words):
         families.settings(*call)
+
+
+# README's table.
+
+
+def test_the_readme_has_a_row_for_every_family_with_its_sizes():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for family, row in families.FAMILIES.items():
+        (line,) = [line for line in lines if line.startswith(f"| {row.title} |")]
+        _, _, sizes, trains, hub, planned, _ = line.split("|")
+        figures = lambda number: f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
+        wanted = [f"{size} {figures(preset.total)}, {figures(preset.active)}" for size, preset in row.presets.items()]
+        assert [part.strip() for part in sizes.split(";") if part.strip()] == wanted
+        assert f"(configs/{family}_tiny.py)" in trains
+        for config in re.findall(r"\((configs/\w+.py)\)", planned):
+            assert f"--config={config}" in (ROOT / config).read_text()
+            assert f'of_family("{family}"' in (ROOT / config).read_text() or config == "configs/openmoe_34b.py"
+        assert (hub.strip() == "") == (family not in IMPORTED), family
+
+
+# Families that have checkpoints at Hugging Face.
+IMPORTED = {"switch", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3",
+            "olmoe", "llama4", "gpt_oss", "nllb_moe"}
+
+
+def test_the_readme_names_the_architectures_that_are_imported():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|") and "_tiny](configs/" in line]
+    named = {name for line in rows for name in re.findall(r"`([\w-]+)`", line)}
+    known = {name for family in huggingface.FAMILIES for name in family.model_types}
+    assert named <= known and all(named & set(family.model_types) for family in huggingface.FAMILIES)

@@ -250,7 +250,7 @@ FAMILIES: dict[str, Family] = {
         "NLLB-MoE", "arXiv:2207.04672", "encoder–decoder with biases and layer norms; gates shared among the choices kept",
         {"model": dict(norm="layer", norm_epsilon=1e-5, embedding_scale=True, mlp_bias=True, activation="relu",
                        tie_embedding=True, scaled_tied_logits=False, embedding_init=0.02),
-         "attention": dict(positions="sinusoidal", bias="all"),
+         "attention": dict(positions="sinusoidal", first_position=2, bias="all"),
          "moe": dict(every=4, activation="relu", expert_bias=True, renormalize_after_drops=True, output_dropout=0.2,
                      fill_order="choice_major", allow_noncausal_routing=True, balance_loss="st_moe", balance_weight=1e-2,
                      router_z_weight=0.0),
