@@ -213,7 +213,8 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.source = "standard_library"  # standard_library, synthetic, files:<folder or glob>, tfds:<name>, seqio:<name>
-    data.vocabulary = "bytes"         # bytes, sentencepiece:<size> (trained on the corpus once), or a .model file
+    data.vocabulary = "bytes"         # bytes, sentencepiece:<size> (trained on the corpus once), or a .model file; of imported
+                                      # models tokenizer:<a tokenizer.json> or ids:<size>, ids written as numbers
     data.domain_weights = ""          # '' = as large as they are; 'code=2,docs=1' = share of each domain's rows
     data.sequence_length = 256        # tokens per row (S); documents are packed
     data.batch_size = 16              # rows per step over all devices (B)

@@ -42,7 +42,7 @@ _SMALL = 1 << 16
 _CONFIG_FILE = '''\
 """The config of the run in this folder, to go on training it: moe-jax train --config={name}/config.py --workdir={name}"""
 
-
+import json
 import pathlib
 
 from ml_collections import ConfigDict
