@@ -91,6 +91,14 @@ def test_what_nllb_models_cannot_be_here_is_refused(options, words):
         to_config({**NLLB, **options})
 
 
+def test_settings_of_hub_checkpoints_that_say_nothing_new_are_passed_over(caplog):
+    to_config({**SWITCH, "feed_forward_proj": "relu", "is_gated_act": False, "router_type": "tokens_masked", "dropout_rate": 0.1,
+               "encoder_sparse_step": 2, "initializer_factor": 1.0})
+    assert "not known here" not in caplog.text
+    with pytest.raises(InteropError, match="is_gated_act=True gives the feed-forward layers a gate"):
+        to_config({**SWITCH, "is_gated_act": True})
+
+
 def test_layers_that_a_family_cannot_name_are_refused_on_the_way_out():
     family, config = to_config(SWITCH)
     moved = resolve({section: {**values, **({"layers": "0,2"} if section == "moe" else {})}

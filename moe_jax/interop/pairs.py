@@ -56,8 +56,10 @@ def own_tables(names: Collection[str], settings: dict[str, Any]) -> tuple[Overri
 
 
 def _ignored(config: Config) -> tuple[str, ...]:
+    """The tables that are not used; positions that are computed; a bias of cross-attention that T5's codes write and do not read."""
     names = ("shared.weight",) if config.model.encoder_embedding else _TABLES
-    return tuple(name.replace(".", r"\.") for name in names)
+    return (*(name.replace(".", r"\.") for name in names), r"(encoder|decoder)\.embed_positions\.weights",
+            r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
 
 
 def _frame_rules(config: Config, norms: dict[str, str]) -> list[Rule]:
@@ -131,8 +133,11 @@ def _sparse_layers(layers: int, count: int) -> list[int]:
 def _switch_config(settings: Settings) -> Overrides:
     encoder = settings.number("num_layers", 12)
     decoder = settings.number("num_decoder_layers", encoder)
-    for derived in ("encoder_sparse_step", "decoder_sparse_step", "add_router_probs", "router_ignore_padding_tokens"):
-        settings.get(derived)
+    settings.only("is_gated_act", (False, None), "gives the feed-forward layers a gate, which transformers' Switch does not have")
+    # Derived from others, or never read.
+    for name in ("encoder_sparse_step", "decoder_sparse_step", "feed_forward_proj", "router_type", "add_router_probs",
+                 "router_ignore_padding_tokens"):
+        settings.get(name)
     tied = bool(settings.value("tie_word_embeddings", True))
     experts, heads, width = settings.number("num_experts", 8), settings.number("num_heads", 12), settings.number("d_ff", 2048)
     mixtures = _mixtures(_switch_layers(settings, encoder, "num_sparse_encoder_layers"),

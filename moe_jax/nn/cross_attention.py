@@ -1,7 +1,5 @@
 """A decoder's attention to what its encoder made of the text it was given."""
 
-import dataclasses
-
 import jax
 from flax import nnx
 
@@ -13,9 +11,11 @@ class CrossAttention(Attention):
     """:class:`Attention` with the options of the config and without positions, whose keys and values are an encoder's."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, attention: AttentionConfig):
-        plain = AttentionConfig()
-        without = {name: getattr(plain, name) for name in ("relative_buckets", "relative_distance", "first_position")}
-        super().__init__(config, rngs, dataclasses.replace(attention, positions="none", layers="full", **without))
+        # What acts on unrotated queries and keys; "unscaled" norms are of rotated ones.
+        qk_norm = "none" if attention.qk_norm == "unscaled" else attention.qk_norm
+        acting = AttentionConfig(positions="none", bias=attention.bias, sinks=attention.sinks, clip_qkv=attention.clip_qkv,
+                                 qk_norm=qk_norm)
+        super().__init__(config, rngs, acting)
 
     def __call__(self, x_BSD: jax.Array, encoded_BTD: jax.Array | None, mask_BST: jax.Array,
                  cache: LayerCache | None = None) -> tuple[jax.Array, LayerCache | None]:
