@@ -16,6 +16,7 @@ from moe_jax.models.decoder import layer_paths, moe_layer_paths, of_stacks
 from moe_jax.nn.moe import RoutingMode
 from moe_jax.nn.positions import relative_bias, sinusoidal
 from moe_jax.training.evaluate import put_batch
+from moe_jax.training.flops import forward_flops_per_token, hardware_flops_per_token, training_flops_per_token
 from moe_jax.training.named_arrays import flatten
 from moe_jax.training.rearrange import renumbered
 from moe_jax.training.step import routing_losses
@@ -210,6 +211,21 @@ def test_an_encoder_may_have_a_table_of_its_own():
     before = tiny.logits(config, params, BATCH)
     params["encoder"]["embedding"]["embedding_VD"] = np.zeros((tiny.VOCAB, 16), np.float32)
     assert differs(before, tiny.logits(config, params, BATCH))[BATCH["valid"]].all()
+
+
+def test_flops_are_the_mean_over_tokens_of_both_sides():
+    """One layer each, D 16, H = H_kv = 4, d 4, F 32 (three matrices), V 64, S 16 given, T 12 written."""
+    config = tiny.config(**{**T5, "model_num_layers": 1, "model_encoder_layers": 1, "moe_encoder_layers": ""}, moe_num_experts=0)
+    projections, ffn = 2 * 4 * 16 * 16, 2 * 3 * 16 * 32
+    encoder = projections + 2 * 2 * 16 * 16 + ffn + 2 * 2 * 16 * 16  # all of 16 keys; keys and values for the decoder
+    decoder = projections + 2 * 2 * 16 * 12 / 2 + ffn + 2 * 2 * 16 * 16 + 2 * 2 * 16 * 16 + 2 * 16 * 64
+    assert forward_flops_per_token(config, 64, 0) == (16 * encoder + 12 * decoder) / 28
+    assert training_flops_per_token(config, 64) == 3 * (16 * encoder + 12 * decoder) / 28
+    mixture = tiny.config(**T5, moe_capacity_factor=1.0)  # buffers of exactly the choices
+    assert hardware_flops_per_token(mixture, 64) == pytest.approx(training_flops_per_token(mixture, 64))
+    twice = tiny.config(**T5, moe_capacity_factor=2.0)
+    extra = 3 * 2 * 2 * 3 * 16 * 16 * (2 * 16 + 1 * 12) / 28  # as many empty slots as choices, in two layers and one
+    assert hardware_flops_per_token(twice, 64) == pytest.approx(training_flops_per_token(twice, 64) + extra)
 
 
 # Settings
