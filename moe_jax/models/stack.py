@@ -65,8 +65,9 @@ class Layer(nnx.Module):
     def __call__(self, x_BSD, inputs: "Inputs", mode, cache, bias_E, key, replay_BSK=None):
         """``cache``: the attention's, or, with an encoder, that and the cross-attention's."""
         cache, crossed = cache if self.crosses and cache is not None else (cache, None)
-        y_BSD, cache = self.attention(inputs.present(self.attention_norm(x_BSD)), inputs.positions_BS,
-                                      inputs.masks.get(self.span, inputs.mask_BST), cache, inputs.index, inputs.attended_BS, inputs.bias_BHST)
+        mask_BST = inputs.masks.get(self.span, inputs.mask_BST)
+        y_BSD, cache = self.attention(inputs.present(self.attention_norm(x_BSD)), inputs.positions_BS, mask_BST, cache,
+                                      inputs.index, inputs.attended_BS, inputs.bias_BHST)
         x_BSD = x_BSD + y_BSD
         if self.crosses:
             y_BSD, crossed = self.cross_attention(self.cross_norm(x_BSD), inputs.encoded_BTD, inputs.crossed_mask_BST, crossed)

@@ -75,8 +75,9 @@ class Attention(nnx.Module):
             key_cache, key_BTHd = caches.written(cache[0], key_BTHd, index, is_ring)
             value_cache, value_BTHd = caches.written(cache[1], value_BTHd, index, is_ring)
             cache = (key_cache, value_cache)
-        out_BSHd = attended(self, (query_BSHd, key_BSHd, value_BSHd), (key_BTHd.astype(dtype), value_BTHd.astype(dtype)), mask_BST,
-                            segment_ids_BS, config.head_dim**-0.5 if config.scaled_attention else 1.0, cache is None, bias_BHST)
+        here, shown = (query_BSHd, key_BSHd, value_BSHd), (key_BTHd.astype(dtype), value_BTHd.astype(dtype))
+        scale = config.head_dim**-0.5 if config.scaled_attention else 1.0
+        out_BSHd = attended(self, here, shown, mask_BST, segment_ids_BS, scale, cache is None, bias_BHST)
         return projected_out(self, out_BSHd), cache
 
     def empty_cache(self, batch: int, tokens: int, stacked: tuple[int, ...] = ()) -> LayerCache:

@@ -299,7 +299,8 @@ def _layer_bytes(config: Config, share: Share, kind: LayerKind) -> int:
     if span not in share.splash:
         length = config.data.sequence_length
         keys = slots_of(config.attention, span, length) if share.step == "decode" else length
-        attention += share.rows * model.num_heads // tensor * share.length * keys * (4 + share.item)  # fp32 and, for the product, rounded
+        scores = share.rows * model.num_heads // tensor * share.length * keys
+        attention += scores * (4 + share.item)  # fp32 and, for the product, rounded
     return attention + _hidden_bytes(config, share, kind.is_moe)
 
 

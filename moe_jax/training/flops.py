@@ -153,7 +153,8 @@ def training_flops_per_token(config: Config, vocab_size: int) -> float:
     """Forward and twice that backward, without recomputation. Multi-token prediction adds a layer, an output layer and a
     matrix [2D, D] for each depth."""
     length, depth = config.data.sequence_length, config.model.mtp_depth
-    further = _flops(config, vocab_size, length, [config.attention_layers[-1].span] * depth, len(config.trained_moe_layers) - len(config.moe_layers), depth)
+    spans, moe_layers = [config.attention_layers[-1].span] * depth, len(config.trained_moe_layers) - len(config.moe_layers)
+    further = _flops(config, vocab_size, length, spans, moe_layers, depth)
     join = depth * 2 * 2 * config.model.d_model**2
     return 3 * (forward_flops_per_token(config, vocab_size, length) + further + join)
 
