@@ -17,8 +17,9 @@ import numpy as np
 
 from moe_jax.training.named_arrays import parts
 
-# One file holds at most this much of an array; a restore of a share reads whole files.
-CHUNK_BYTES = 16 << 20
+# One file holds half of what is written at once, within these bounds: a file's numbers are in memory twice while they are
+# written, and a restore of a share reads whole files.
+SMALLEST_FILE, LARGEST_FILE = 1 << 20, 64 << 20
 
 _METADATA = "_METADATA"
 
@@ -30,9 +31,10 @@ def _tensorstore():
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int, leading: int = 0) -> tuple[int, ...]:
-    """Of files with at most :data:`CHUNK_BYTES`: single entries of the ``leading`` dimensions, whole ones of the last,
-    and as many of those between as fit."""
-    chunk, room = list(shape), CHUNK_BYTES // itemsize
+    """Of one file: single entries of the ``leading`` dimensions, along which an array is written; whole ones of the last, and as
+    many of those between as fit."""
+    written = math.prod(shape[leading:]) * itemsize
+    chunk, room = list(shape), max(SMALLEST_FILE, min(written // 2, LARGEST_FILE)) // itemsize
     for axis in range(len(shape)):
         rest = math.prod(shape[axis + 1 :])
         if axis < leading:
@@ -52,6 +54,9 @@ class SliceWriter:
 
     def __init__(self, folder: pathlib.Path):
         self.folder, self.shapes, self._open = pathlib.Path(folder), {}, {}
+        # One file after the other, and none kept: every thread that writes has buffers of its own.
+        self._context = _tensorstore().Context({"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1},
+                                                "cache_pool": {"total_bytes_limit": 0}})
 
     def create(self, path: str, shape: Sequence[int], dtype: Any, leading: int = 0) -> None:
         """Makes room for an array of zeros, which takes no space. ``leading``: dimensions along which it will be written one by
@@ -63,7 +68,7 @@ class SliceWriter:
             "driver": "zarr", "kvstore": {"driver": "file", "path": str(self.folder / ".".join(parts(path)))},
             "metadata": {"shape": list(shape), "chunks": [max(1, c) for c in chunks], "dtype": dtype.str, "fill_value": 0,
                          "order": "C", "filters": None, "compressor": {"id": "zstd", "level": 1}},
-        }, create=True).result(), chunks
+        }, create=True, context=self._context).result(), chunks
 
     def write(self, path: str, index: tuple[int, ...], values: np.ndarray) -> None:
         """``array[index] = values``, in the array's dtype, file by file."""
