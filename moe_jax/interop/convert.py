@@ -131,6 +131,7 @@ def _write_state(checkpoint: Checkpoint, folder: pathlib.Path, progress: bool) -
     for place, values in checkpoint.slices(progress):
         for copy in copies if place.path.startswith("params/") else ("",):
             writer.write(place.path.replace("params/", copy, 1), place.index, values)
+        del values  # before the next tensor is read
     writer.finish()
 
 

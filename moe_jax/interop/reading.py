@@ -51,8 +51,8 @@ class Checkpoint:
         One tensor is in memory at a time, or, where one tensor holds all experts, one expert's share of it.
         """
         for part in with_progress(self.parts, progress, "tensors"):
-            tensor = self.stored[part.key].read(part.expert)
-            yield from zip(part.places, part.split(tensor))
+            # Not by a name here, which would keep it while the next one is read.
+            yield from zip(part.places, part.split(self.stored[part.key].read(part.expert)))
 
 
 def with_progress(items, shown: bool, what: str):

@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_jax.training.named_arrays import parts
 
-# One file holds half of what is written at once, within these bounds: a file's numbers are in memory twice while they are
+# One file holds a quarter of what is written at once, within these bounds: a file's numbers are in memory twice while they are
 # written, and a restore of a share reads whole files.
 SMALLEST_FILE, LARGEST_FILE = 1 << 20, 64 << 20
 
@@ -34,7 +34,7 @@ def chunk_shape(shape: Sequence[int], itemsize: int, leading: int = 0) -> tuple[
     """Of one file: single entries of the ``leading`` dimensions, along which an array is written; whole ones of the last, and as
     many of those between as fit."""
     written = math.prod(shape[leading:]) * itemsize
-    chunk, room = list(shape), max(SMALLEST_FILE, min(written // 2, LARGEST_FILE)) // itemsize
+    chunk, room = list(shape), max(SMALLEST_FILE, min(written // 4, LARGEST_FILE)) // itemsize
     for axis in range(len(shape)):
         rest = math.prod(shape[axis + 1 :])
         if axis < leading:
