@@ -14,7 +14,8 @@ import os
 import statistics
 import sys
 
-from benchmarks.moe_layer import _versions, timed
+from benchmarks.command_line import parser_of, versions
+from benchmarks.moe_layer import timed
 from moe_jax import environment
 
 REPETITIONS = 10
@@ -66,8 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.expert_parallel", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("expert_parallel", __doc__, config=False)
 
     def layouts(text):
         names = tuple(name.strip() for name in text.split(";"))
@@ -160,7 +160,7 @@ def measured(case: Case, layouts, repetitions: int):
                 "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2,
                 "seconds": statistics.median(seconds[experts]), "one_device_seconds": statistics.median(seconds[1]),
                 "temp_bytes": programs[experts].temp_bytes, "one_device_temp_bytes": programs[1].temp_bytes,
-                "repetitions": repetitions, "load_average_before": load, **_versions(),
+                "repetitions": repetitions, "load_average_before": load, **versions(),
             }
 
 
@@ -195,7 +195,7 @@ def compiled(slice_name: str, case: Case, layouts):
             "forward_bytes_ratio": moved_ratio(moving, "forward", case, sizes),
             "backward_bytes_ratio": moved_ratio(moving, "backward", case, sizes),
             "sent_bytes": sum(each.bytes * each.count for each in found if not each.conditional),
-            "temp_bytes": program.memory_analysis().temp_size_in_bytes, **_versions(),
+            "temp_bytes": program.memory_analysis().temp_size_in_bytes, **versions(),
         }
 
 

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 
+from benchmarks.command_line import parser_of, versions
 from moe_jax import environment
 
 REPETITIONS = 20  # a median of fewer is not worth quoting
@@ -68,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.moe_layer", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("moe_layer", __doc__, config=False)
 
     def names(allowed):
         def parse(text):
@@ -116,7 +116,7 @@ def measure(case: Case, dispatches, passes, repetitions: int, dtype: str = "floa
                     "limit": arithmetic_limit(case, dispatch),
                     "temp_bytes": programs[dispatch].temp_bytes, "dense_temp_bytes": programs["dense"].temp_bytes,
                     "expert_bytes": programs[dispatch].expert_bytes,
-                    "repetitions": repetitions, "load_average_before": load, **_versions(),
+                    "repetitions": repetitions, "load_average_before": load, **versions(),
                 }
 
 
@@ -261,14 +261,6 @@ def draw_scaling(lines: list[dict], path: str) -> None:
     axes.set_ylabel("time / dense FFN of equal active FLOPs")
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def _versions() -> dict:
-    from moe_jax.training.metrics import versions
-
-    found = versions()
-    names = ("python", "jax", "jaxlib", "flax", "git_commit", "backend", "device_kind")
-    return {"cpu_count": os.cpu_count(), **{name: found[name] for name in names}}
 
 
 if __name__ == "__main__":

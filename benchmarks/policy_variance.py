@@ -16,37 +16,31 @@ import pathlib
 import sys
 import tempfile
 
+from benchmarks.command_line import parsed, parser_of
 from moe_jax import environment
 
 BASELINES = ("none", "running", "learned")
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments, overrides = _parser().parse_known_args(argv)
-    unknown = [word for word in overrides if not word.startswith("--config.")]
-    if unknown:
-        _parser().error(f"unknown argument {unknown[0]!r}")
-    if arguments.steps < 0 or arguments.samples < 2:
-        _parser().error(f"--steps={arguments.steps}, --samples={arguments.samples}: at least 0 and 2")
+    arguments, overrides = parsed(_parser(), argv, steps=0, samples=2)
     environment.prepare_process(1)
-    from moe_jax.config import ConfigError, load_config
-    from moe_jax.data.documents import CorpusError
+    from moe_jax.config import load_config
+    from moe_jax.errors import UserError
 
     try:
         config = load_config(arguments.config, ["--config.moe.router=reinforce", "--config.moe.experts_per_token=1",
                                                     *overrides])
         for line in measure(config, arguments.steps, arguments.samples):
             print(json.dumps(line), flush=True)
-    except (ConfigError, CorpusError) as error:
+    except UserError as error:
         print(f"policy_variance: error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.policy_variance", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/openmoe_tiny.py", help="a config file (default: %(default)s)")
+    parser = parser_of("policy_variance", __doc__)
     parser.add_argument("--steps", type=int, default=200, help="training steps before the second measurement")
     parser.add_argument("--samples", type=int, default=64, help="gradients per baseline (default: %(default)s)")
     return parser

@@ -15,18 +15,13 @@ import sys
 import tempfile
 import time
 
-from benchmarks.train_step import _versions, quartiles
+from benchmarks.command_line import parsed, parser_of, versions
+from benchmarks.train_step import quartiles
 from moe_jax import environment
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments, overrides = _parser().parse_known_args(argv)
-    unknown = [word for word in overrides if not word.startswith("--config.")]
-    if unknown:
-        _parser().error(f"unknown argument {unknown[0]!r}")
-    for name in ("passes", "batches", "devices"):
-        if getattr(arguments, name) < 1:
-            _parser().error(f"--{name}={getattr(arguments, name)}: must be at least 1")
+    arguments, overrides = parsed(_parser(), argv, passes=1, batches=1, devices=1)
     environment.prepare_process(arguments.devices)
     from moe_jax.config import load_config
     from moe_jax.errors import UserError
@@ -41,9 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recording", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/openmoe_tiny.py", help="a config file (default: %(default)s)")
+    parser = parser_of("recording", __doc__)
     parser.add_argument("--batches", type=int, default=8, help="validation batches in a pass (default: %(default)s)")
     parser.add_argument("--passes", type=int, default=9, help="timed passes of each kind (default: %(default)s)")
     parser.add_argument("--devices", type=int, default=1, help="CPU devices to pretend to have (default: %(default)s)")
@@ -67,6 +60,7 @@ def measure(config, passes: int, batches: int) -> dict:
         state = new_state(config, run.vocab_size, run.mesh)
         params, bias_LE = state["params"], state["router_bias_LE"]
         read = list(run.validation_batches(batches))
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         mode = RoutingMode.evaluation(config, record=True)
         evaluator = Evaluator(config, run.vocab_size, run.data.vocabulary.bytes_per_token_V, run.data.domains, run.mesh)
         kinds = {"evaluation": lambda: evaluator.sums(params, bias_LE, read, mode),
@@ -89,7 +83,7 @@ def measure(config, passes: int, batches: int) -> dict:
             "ratio_with_file": (median["recording"] + written) / median["evaluation"],
             "evaluation_seconds": median["evaluation"], "recording_seconds": median["recording"], "write_seconds": written,
             "bytes_per_token": size / result.num_tokens, "tokens": result.num_tokens, "passes": passes,
-            "dispatch": mode.dispatch, "mesh": dict(run.mesh.shape), "load_average": os.getloadavg()[0], **_versions()}
+            "dispatch": mode.dispatch, "mesh": dict(run.mesh.shape), "load_average_before": load, **versions()}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 
+from benchmarks.command_line import parsed, parser_of, versions
 from moe_jax import environment
 
 WARM_UP_STEPS = 3
@@ -31,13 +32,7 @@ ROUND_WIDTHS, LARGEST_DIFFERENCE = (128, 64, 32, 16, 8, 1), 0.01
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments, overrides = _parser().parse_known_args(argv)
-    unknown = [word for word in overrides if not word.startswith("--config.")]
-    if unknown:
-        _parser().error(f"unknown argument {unknown[0]!r}")
-    for name in ("steps", "devices"):
-        if getattr(arguments, name) < 1:
-            _parser().error(f"--{name}={getattr(arguments, name)}: must be at least 1")
+    arguments, overrides = parsed(_parser(), argv, steps=1, devices=1)
     if arguments.dispatch:
         overrides.append(f"--config.moe.dispatch={arguments.dispatch}")
     if arguments.startup:
@@ -46,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     environment.prepare_process(arguments.devices)  # what `moe-jax train` does before JAX starts
     from moe_jax.config import ConfigError, load_config
-    from moe_jax.data.documents import CorpusError
+    from moe_jax.errors import UserError
 
     try:
         config = load_config(arguments.config, overrides)
@@ -54,16 +49,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError("moe.num_experts=0: a dense model has no dense twin.")
         for line in measure_steps(config, arguments.steps):
             _print({"config": arguments.config, "overrides": overrides, **line})
-    except (ConfigError, CorpusError) as error:
+    except UserError as error:
         print(f"train_step: error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/openmoe_tiny.py", help="a config file (default: %(default)s)")
+    parser = parser_of("train_step", __doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help="timed steps of each model (default: %(default)s)")
     parser.add_argument("--devices", type=int, default=1, help="CPU devices to pretend to have (default: %(default)s)")
     parser.add_argument("--dispatch", default="", help="moe.dispatch (default: the config's)")
@@ -126,7 +119,7 @@ def measure_steps(config, steps: int):
         yield moe.result()
         yield dense.result()
         yield {**compare(moe, dense), **data_wait(moe, steps), "load_average_before": load,
-               "peak_rss_bytes": peak_rss_bytes(), **_versions()}
+               "peak_rss_bytes": peak_rss_bytes(), **versions()}
 
 
 class CompiledStep:
@@ -251,14 +244,6 @@ def peak_rss_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _versions() -> dict:
-    from moe_jax.training.metrics import versions
-
-    found = versions()
-    names = ("python", "jax", "jaxlib", "flax", "git_commit", "backend", "device_kind", "device_count")
-    return {"cpu_count": os.cpu_count(), **{name: found[name] for name in names}}
 
 
 # Start-up.

@@ -1,10 +1,12 @@
 """Synthetic records of routing whose truth is known."""
 
+import dataclasses
+
 import numpy as np
 
 from moe_jax.analysis.recording import RoutingRecord
 
-__all__ = ["make", "places_run_out"]
+__all__ = ["any_number", "make", "places_run_out"]
 
 
 def make(tokens=4096, layers=2, experts=8, choices=2, domains=2, documents=64, vocabulary=40, row=128, turns=0, by=None,
@@ -48,6 +50,13 @@ def make(tokens=4096, layers=2, experts=8, choices=2, domains=2, documents=64, v
 def _sets(random, shape, experts, choices):
     """Sets of K different experts, each equally likely, in random order."""
     return np.argsort(random.random((*shape, experts)), axis=-1)[..., :choices]
+
+
+def any_number(record: RoutingRecord, seed: int = 0) -> RoutingRecord:
+    """The record with only the first 0, 1, … or K choices of each token, any number as likely: as if experts had chosen."""
+    size_LT1 = np.random.default_rng(seed).integers(0, record.experts_per_token + 1, (*record.experts_LTK.shape[:2], 1))
+    chosen_LTK = np.arange(record.experts_per_token) < size_LT1
+    return dataclasses.replace(record, experts_LTK=np.where(chosen_LTK, record.experts_LTK, -1))
 
 
 def places_run_out(record: RoutingRecord, capacity: int) -> np.ndarray:

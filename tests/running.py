@@ -54,6 +54,11 @@ def write_corpus(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> pathlib.Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
+
+
 def overrides(corpus, **settings) -> list[str]:
     """``--config`` and its overrides; settings are named section__field."""
     values = {**TINY, "data.source": f"files:{corpus}", **{k.replace("__", "."): v for k, v in settings.items()}}
@@ -130,6 +135,14 @@ def run_here(*words, devices=1) -> int:
             return cli.main(words)
         except SystemExit as exit:  # argparse
             return exit.code
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory) -> pathlib.Path:
+    """A complete run of 8 steps with checkpoints at 4 and 8; copy it before changing it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert run_here("train", *overrides(corpus, training__num_steps=8), f"--workdir={workdir}") == 0
+    return workdir
 
 
 # In a process of its own.

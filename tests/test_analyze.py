@@ -9,30 +9,23 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from running import moe_jax, overrides, restored_process, run_here, write_corpus
+from running import corpus, finished, moe_jax, restored_process, run_here
 
 from moe_jax.analysis import record_run, routing_report
 from moe_jax.analysis.catalogue import ANALYSES
-from moe_jax.analysis.record_run import records_of_run
+from moe_jax.analysis.record_run import drops_of_run, records_of_run
 from moe_jax.analysis.recording import read_record
 from moe_jax.training.checkpoint import CheckpointError
 
-__all__ = ["moe_jax"]
+__all__ = ["corpus", "finished", "moe_jax"]
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
-
-
-@pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
-    """A complete run of 8 steps with checkpoints at 4 and 8, analysed; copy it before changing it."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert run_here("train", *overrides(corpus, training__num_steps=8), f"--workdir={workdir}") == 0
+def analysed(finished):
+    """Its routing is recorded; copy it before changing it."""
     with few_analyses():
-        assert run_here("analyze", f"--checkpoint={workdir}") == 0
-    return workdir
+        assert run_here("analyze", f"--checkpoint={finished}") == 0
+    return finished
 
 
 def few_analyses():
@@ -43,8 +36,8 @@ def few_analyses():
 
 
 @pytest.fixture
-def copied(finished, tmp_path):
-    return pathlib.Path(shutil.copytree(finished, tmp_path / "copied"))
+def copied(analysed, tmp_path):
+    return pathlib.Path(shutil.copytree(analysed, tmp_path / "copied"))
 
 
 def recorded(workdir, **options):
@@ -60,25 +53,27 @@ def no_model(monkeypatch):
     monkeypatch.setattr(record_run, "record_routing", refuse)
 
 
-def test_every_saved_step_is_recorded_on_the_same_tokens(finished):
+def test_every_saved_step_is_recorded_on_the_same_tokens(analysed):
     names = ["record_step_0000000004.npz", "record_step_0000000008.npz", "record_step_0000000008_gather.npz"]
-    assert sorted(path.name for path in (finished / "routing").glob("record_*")) == names
-    four, eight, buffered = (read_record(finished / "routing" / name) for name in names)
+    assert sorted(path.name for path in (analysed / "routing").glob("record_*")) == names
+    four, eight, buffered = (read_record(analysed / "routing" / name) for name in names)
     assert (four.step, eight.step, buffered.step) == (4, 8, 8)
     np.testing.assert_array_equal(four.token_ids_T, eight.token_ids_T)
     assert (four.experts_LTK != eight.experts_LTK).any()
     assert eight.domains == ("fruit", "sums") and eight.kept_LTK.all() and eight.capacity_factor is None
     assert (buffered.dispatch, buffered.capacity_factor) == ("gather", 1.25)
-    report = finished / "routing_report"
+    report = analysed / "routing_report"
     assert (report / "report.html").exists() and (report / "routing_by_domain.csv").exists()
 
 
-def test_records_are_used_again_while_nothing_has_changed(corpus, finished, no_model):
-    assert [record.step for record in recorded(finished)] == [4, 8]
-    assert [record.step for record in recorded(finished, step=4)] == [4]
+def test_records_are_used_again_while_nothing_has_changed(corpus, analysed, no_model):
+    assert [record.step for record in recorded(analysed)] == [4, 8]
+    with restored_process(1):
+        assert drops_of_run(analysed, 8).dispatch == "gather"
+    assert [record.step for record in recorded(analysed, step=4)] == [4]
     for changed in (dict(batches=1), dict(dispatch="reference"), dict(turn_separator="x"), dict(data=f"files:{corpus}")):
         with pytest.raises(AssertionError, match="recorded again"):
-            recorded(finished, **changed)
+            recorded(analysed, **changed)
 
 
 def test_a_damaged_record_is_made_again_and_a_damaged_checkpoint_left_out(copied, caplog):
@@ -116,8 +111,8 @@ def test_other_text_is_read_whole_with_its_domains_and_turns(moe_jax, copied, tm
     assert record.num_tokens == sum(len(f"### User:\n{d} {n}\n\n### User:\nmore {n}\n") + 1 for d in "abc" for n in range(12))
 
 
-def test_a_record_is_analysed_without_a_model(moe_jax, finished, no_model, tmp_path):
-    files = [f"--record={path}" for path in (finished / "routing").glob("record_*.npz")]
+def test_a_record_is_analysed_without_a_model(moe_jax, analysed, no_model, tmp_path):
+    files = [f"--record={path}" for path in (analysed / "routing").glob("record_*.npz")]
     with few_analyses():
         result = moe_jax("analyze", *files, f"--out={tmp_path / 'report'}")
     assert result.code == 0 and "step 8" in result.out and (tmp_path / "report" / "saturation.csv").exists()
@@ -126,8 +121,8 @@ def test_a_record_is_analysed_without_a_model(moe_jax, finished, no_model, tmp_p
 
 
 @pytest.mark.slow
-def test_no_analysis_of_the_catalogue_fails_on_a_tiny_run(moe_jax, finished, no_model, tmp_path):
-    result = moe_jax("analyze", f"--workdir={finished}", f"--out={tmp_path / 'report'}")
+def test_no_analysis_of_the_catalogue_fails_on_a_tiny_run(moe_jax, analysed, no_model, tmp_path):
+    result = moe_jax("analyze", f"--workdir={analysed}", f"--out={tmp_path / 'report'}")
     assert result.code == 0, result.err
     assert {"routing_by_turn", "drops_by_turn"} <= set(re.findall(r"not possible: (\w+):", result.out))
     assert len(list((tmp_path / "report").glob("*.png"))) > len(ANALYSES) // 2
@@ -147,12 +142,12 @@ def test_no_analysis_of_the_catalogue_fails_on_a_tiny_run(moe_jax, finished, no_
     (["--record={file}", "--batches=3"], ["--batches", "leave one of them out"]),
     (["--record={file}", "--checkpoint={run}"], ["--checkpoint", "leave one of them out"]),
 ], ids=lambda value: value[0] if isinstance(value[0], str) and value[0].startswith("--") else "")
-def test_what_cannot_be_is_one_line_and_leaves_nothing(moe_jax, finished, tmp_path, words, parts):
+def test_what_cannot_be_is_one_line_and_leaves_nothing(moe_jax, analysed, tmp_path, words, parts):
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
-    named = [word.format(file=tmp_path / "file", empty=tmp_path / "empty", run=finished) for word in words]
+    named = [word.format(file=tmp_path / "file", empty=tmp_path / "empty", run=analysed) for word in words]
     if not any(word.startswith(("--checkpoint", "--record")) for word in named):
-        named.append(f"--workdir={finished}")
+        named.append(f"--workdir={analysed}")
     if not any(word.startswith("--out") for word in named):
         named.append(f"--out={tmp_path / 'report'}")
     result = moe_jax("analyze", *named)

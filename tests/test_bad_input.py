@@ -6,25 +6,12 @@ import pathlib
 import shutil
 
 import pytest
-from running import lines, moe_jax, overrides, read_json, run_alone, run_here, saved_steps, write_corpus
+from running import corpus, finished, lines, moe_jax, overrides, read_json, run_alone, saved_steps
 
 from moe_jax.training import loop
 from moe_jax.training.checkpoint import Checkpointer
 
-__all__ = ["moe_jax"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
-
-
-@pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
-    """A complete run of 8 steps with checkpoints at 4 and 8; copy it before changing it."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert run_here("train", *overrides(corpus, training__num_steps=8), f"--workdir={workdir}") == 0
-    return workdir
+__all__ = ["corpus", "finished", "moe_jax"]
 
 
 @pytest.fixture

@@ -106,6 +106,18 @@ def test_the_variance_is_measured_under_each_baseline_before_and_after_training(
     assert lines[1]["router_variance"] == pytest.approx(lines[2]["router_variance"])
 
 
+# Recording.
+
+
+@pytest.mark.slow
+def test_recording_beside_evaluation():
+    (line,) = run("--passes=2", "--batches=1", program="benchmarks.recording")
+    assert line["ratio"] == pytest.approx(line["recording_seconds"] / line["evaluation_seconds"])
+    assert line["ratio_with_file"] > line["ratio"] and line["processor_ratio"] > 0 and line["passes"] == 2
+    assert line["tokens"] == 4 * 32 and line["bytes_per_token"] > 0 and line["python"]
+    assert "The model is dense" in run("--config.moe.num_experts=0", returncode=1, program="benchmarks.recording")
+
+
 # One layer.
 
 

@@ -28,7 +28,8 @@ def test_coactivation_across_layers_by_hand():
     ratio = table["ratio"].reshape(3, 3)
     # The tokens of expert 0 go on to {2, 1}, {2} and {1, 0}; those of 1 to {2, 1} and {2}; that of 2 to {1, 0}.
     np.testing.assert_allclose(ratio, [[1 / 3, 2 / 3, 2 / 3], [0, 1 / 2, 1], [1, 1, 0]])
-    assert set(table["layer"]) == {1} and (table["uniform"] == 2 / 3).all()
+    # Two, one and two experts: 5/3 on average, of three.
+    assert set(table["layer"]) == {1} and np.allclose(table["uniform"], 5 / 9)
 
 
 def test_all_pairs_are_counted_not_only_neighbours_in_rank():
@@ -54,6 +55,13 @@ def test_planted_pairs_are_found_and_uniform_routing_shows_none(compute, planted
     for seed in range(3):
         none, = compute([records.make(seed=seed)]).headlines
         assert none.low < none.reference < none.high
+
+
+@pytest.mark.parametrize("compute", [coactivation, coactivation_across_layers])
+def test_the_reference_knows_how_many_experts_tokens_have(compute):
+    table = compute([records.any_number(records.make(1 << 14, choices=6))])
+    np.testing.assert_allclose(table["ratio"].mean(), table["uniform"].mean(), rtol=0.01)
+    assert abs(table.headlines[0].value / table.headlines[0].reference - 1) < 0.03
 
 
 def test_an_expert_that_all_tokens_choose_is_no_pair():

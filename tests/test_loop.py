@@ -6,8 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from running import (
-    config_of, curve, lines, moe_jax, overrides, read_json, run_alone, run_here, saved_steps, write_corpus)
+from running import config_of, corpus, curve, lines, moe_jax, overrides, read_json, run_alone, run_here, saved_steps
 
 from moe_jax.analysis import report
 from moe_jax.nn.moe import RoutingMode
@@ -15,12 +14,7 @@ from moe_jax.training import loop
 from moe_jax.training.processes import ProcessError
 from moe_jax.training.run import open_run
 
-__all__ = ["moe_jax"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
+__all__ = ["corpus", "moe_jax"]
 
 
 @pytest.fixture(scope="module")

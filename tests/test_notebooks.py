@@ -11,7 +11,9 @@ from unittest import mock
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from running import TINY, write_corpus
+from running import TINY, corpus
+
+__all__ = ["corpus"]
 
 NOTEBOOKS = pathlib.Path(__file__).resolve().parents[1] / "notebooks"
 NAMES = ("quickstart", "routing_analysis", "add_a_router")
@@ -23,11 +25,6 @@ def notebook(name):
 
 def code_cells(found):
     return [cell for cell in found.cells if cell.cell_type == "code"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
 
 
 def run(name, corpus, folder, **parameters):

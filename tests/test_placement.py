@@ -13,7 +13,7 @@ import optax
 import pytest
 import tiny
 from hypothesis import given, settings, strategies as st
-from running import config_of, lines, moe_jax, overrides, read_json, run_here, saved_steps, write_corpus
+from running import config_of, corpus, lines, moe_jax, overrides, read_json, run_here, saved_steps
 
 from moe_jax.analysis.placement import measured_loads
 from moe_jax.config import ConfigError
@@ -29,7 +29,7 @@ from moe_jax.training.rearrange import check_placeable, check_renumberable, renu
 from moe_jax.training.state import initial_params, initial_state, state_specs
 from moe_jax.training.step import check_trainable
 
-__all__ = ["moe_jax"]
+__all__ = ["corpus", "moe_jax"]
 MANY = settings(max_examples=60, deadline=None, derandomize=True)
 
 # The README of EPLB: two layers of 12 experts; 16 copies, 4 groups, 2 nodes, 8 devices.
@@ -408,11 +408,6 @@ def test_paths_of_moe_layers_are_those_of_the_parameters():
 
 
 # The command.
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
 
 
 SETTINGS = dict(moe__balance_weight=0.0, moe__bias_update_rate=0.0, moe__num_experts=6, training__num_steps=8)

@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from running import REPOSITORY, Outcome, config_of, lines, overrides, read_json, run_here, saved_steps, write_corpus
+from running import REPOSITORY, Outcome, config_of, corpus, lines, overrides, read_json, run_here, saved_steps
 
 from moe_jax import cli
 from moe_jax.data.batches import Batches, open_data
@@ -23,6 +23,8 @@ from moe_jax.sharding import local_rows, make_mesh, resolve_mesh
 from moe_jax.training import evaluate, processes
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.state import abstract_state
+
+__all__ = ["corpus"]
 
 STEPS, BATCH = 12, 8  # checkpoints at 4, 8 and 12; an evaluation at 6 and at the end
 
@@ -148,11 +150,6 @@ def run_two(folder, *words, events=("nothing", "nothing"), at=0, timeout=120, ex
     time.sleep(0.5)  # a witness may still be speaking
     return [Outcome(process.returncode, (folder / f"out{i}").read_text(), (folder / f"err{i}").read_text())
             for i, process in enumerate(started)]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,15 @@ def test_the_random_baselines():
     sets = list(itertools.combinations(range(6), 3))
     np.testing.assert_allclose(random_overlap(6, 3), np.mean([bool({*a} & {*b}) for a in sets for b in sets]))
     assert random_overlap(8, 1) == 1 / 8 and random_overlap(4, 3) == 1
+    assert random_overlap(8, 2, 1) == 1 - 6 / 8 and random_overlap(8, 2, 0) == random_overlap(8, 0, 2) == 0
+
+
+def test_the_baseline_knows_how_many_experts_tokens_have():
+    record = records.any_number(records.make(1 << 16, choices=4, experts=16))
+    table = repeated_choices([record])
+    for name in ("first", "any"):
+        np.testing.assert_allclose(table[name], table[f"{name}_random"], rtol=0.08)
+    assert table["any_random"][0] < random_overlap(16, 4) / 2
 
 
 def test_planted_repeats_are_found_and_uniform_routing_shows_none():

@@ -6,17 +6,12 @@ import jax
 import numpy as np
 import pytest
 from running import (
-    config_of, curve, lines, moe_jax, newest_state, overrides, read_json, run_alone, run_here, saved_steps, write_corpus)
+    config_of, corpus, curve, lines, moe_jax, newest_state, overrides, read_json, run_alone, run_here, saved_steps)
 
 from moe_jax.data.batches import Batches
 
-__all__ = ["moe_jax"]
+__all__ = ["corpus", "moe_jax"]
 STEPS = 12  # checkpoints at 4, 8 and 12; an evaluation at 6 and at the end
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,7 @@ def test_a_sweep_from_its_words_to_its_tables(folder):
     ([], "name an experiment"), (["nowhere"], "has no sweep.py"), (["{}", "--scale=huge"], "allowed are smoke, quick, full"),
     (["{}", "--arms=first,second"], "Tiny has no arm 'second'; it has first, buffers"), (["{}", "--seeds=a"], "must be numbers or ranges"),
     (["{}", "--seeds=3-1"], "must be numbers or ranges"), (["{}", "--jobs=0"], "must be at least 1"),
+    (["{}", "--scratch=/dev/null/runs"], "/dev/null/runs: runs cannot be trained there (Not a directory)"),
     (["--scoreboard", "a", "b"], "takes one folder"), (["--scoreboard", "nowhere"], "holds no experiments"),
 ])
 def test_words_that_cannot_work_are_one_line(words, message, folder, moe_jax):

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from experiments.base import SCALES, get_config
-from moe_jax.errors import UserError
 from moe_jax.sweeps import Continue, Evaluate, Scale, Sweep, Upcycle, equal, falls, jobs, minus, reported, rises, runner
 from moe_jax.sweeps.command import _seeds, Request
 from moe_jax.sweeps.definition import Order, SweepError, label, load_sweep
@@ -161,7 +160,8 @@ def test_a_chain_gives_a_comparison_for_each_neighbouring_pair_and_bonferroni_co
     """Differences -1 ± s: t(2) at 95 % is 4.30, at 1 - 0.05/2 6.21. With s = 0.3 half widths 0.745 and 1.07."""
     noise = np.array([-0.3, 0.0, 0.3])
     found = {arm: {s: {"ce": -place + (noise[s] if arm == "b" else 0.0)} for s in range(3)} for place, arm in enumerate("abc")}
-    ours = compare(sweep(dict.fromkeys("abc", {}), (falls("ce", "a", "b", "c"), reported("ce", "a", "c"))), found)
+    orders = (falls("ce", "a", "b", "c"), reported("ce", "a", "c"), falls("ce", "c", "not_run"))
+    ours = compare(sweep(dict.fromkeys(("a", "b", "c", "not_run"), {}), orders), found)
     assert [(each.claim, each.verdict, each.strict) for each in ours] == [
         ("ce: a > b", "holds", "not resolved"), ("ce: b > c", "holds", "not resolved"), ("ce: a and c", "reported", "reported")]
 
@@ -273,6 +273,17 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_path, ca
     assert "8/8" in said and "failed: no luck" in said
 
 
+def test_a_process_that_cannot_be_started_fails_its_task(monkeypatch, tmp_path):
+    pool, display = pool_with(monkeypatch, tmp_path, sweep({"a": {}, "after_a": Continue("a", {"training.num_steps": 5000})}), "")
+
+    def start(self, number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runner.Pool, "_start", start)
+    pool.run(display)
+    assert "No space left on device" in pool.failed["experiment/a_seed0"] and "experiment/after_a_seed0" in pool.failed
+
+
 def test_an_arm_waits_for_the_one_that_it_starts_from_whose_directory_is_kept_until_then(monkeypatch, tmp_path):
     ours = sweep({"first": {}, "then": Continue("first", {"training.num_steps": 5000}), "last": Continue("then", {
         "training.num_steps": 6000}), "alone": {}})
@@ -371,8 +382,11 @@ def test_the_scoreboard_has_each_claim_with_the_largest_scale_that_has_results(t
     lines = text.splitlines()
     assert lines[2] == "| 1 | [T1](not_run/README.md) | – | P | – | – | – | not run |"
     assert lines[3].startswith("| 2 | [T2](run/README.md) | ce: a > b | P2 | -0.4800 | -0.4996 … -0.4604 | full, 5 | holds |")
-    assert lines[-1] == "Of 2 comparisons: 1 holds, 1 not run."
+    assert lines[-1] == "Comparisons: 1 holds. Experiments that have not been run: 1."
     assert text in (tmp_path / "README.md").read_text()
+    for seed in range(2, 5):  # two seeds of full make no interval, and those of quick do
+        (tmp_path / "run" / "results" / "full" / f"a_seed{seed}.json").unlink()
+    assert "| +0.5100 | +0.4852 … +0.5348 | quick, 3 | does not hold |" in write_scoreboard(tmp_path)
     (tmp_path / "not_run" / "sweep.py").write_text(SWEEP_FILE.format(number=2, paper=""))
     with pytest.raises(SweepError, match="number=2: not_run, run have it"):
         write_scoreboard(tmp_path)

@@ -23,7 +23,7 @@ def test_columns_are_equally_long_and_flat(columns):
 
 def test_a_headline_reads_as_one_line():
     assert str(Headline("drops", 0.25, 0.1, 0.2, 0.3)) == "drops: 0.25 [0.2, 0.3], reference 0.1"
-    assert str(Headline("drops", 0.25)) == "drops: 0.25"
+    assert str(Headline("drops", 0.25)) == str(Headline("drops", 0.25, None, np.nan, np.nan)) == "drops: 0.25"
 
 
 def test_an_analysis_says_what_it_needs():

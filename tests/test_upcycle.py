@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from running import config_of, lines, moe_jax, overrides, read_json, run_here, saved_steps, write_corpus
+from running import corpus, lines, moe_jax, overrides, read_json, run_here, saved_steps
 
 from moe_jax.config import ConfigError
 from moe_jax.models.decoder import layer_paths
@@ -18,7 +18,7 @@ from moe_jax.training.named_arrays import flatten, nest
 from moe_jax.training.state import initial_state
 from moe_jax.training.upcycle import Upcycling, check_upcyclable, upcycled
 
-__all__ = ["moe_jax"]
+__all__ = ["corpus", "moe_jax"]
 
 DENSE = dict(moe_num_experts=0, moe_d_ff=32, optimizer_name="adamw", training_ema_decay=0.9)
 SPARSE = {**DENSE, "moe_num_experts": 4, "moe_renormalize": True}
@@ -250,11 +250,6 @@ def test_noise_that_is_no_scale_is_refused(noise):
 
 OF_DENSE = dict(moe__num_experts=0, training__num_steps=6)
 OF_SPARSE = dict(moe__num_experts=4, moe__d_ff=32, moe__renormalize=True, training__num_steps=10)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,11 @@ def test_uniform_routing_shows_no_vocabulary():
         assert table["uniform"].mean() > 1.03 * 2 / 8  # the best of 8 noisy shares
 
 
+def test_the_reference_knows_how_many_experts_tokens_have():
+    table = vocabulary_specialisation([records.any_number(records.make(1 << 14, documents=128, choices=4))])
+    np.testing.assert_allclose(table["share"].mean(), table["uniform"].mean(), rtol=0.02)
+
+
 def test_planted_ids_lead_the_lists_of_their_experts():
     record = records.make(by="token", strength=1.0, layers=1, choices=1, vocabulary=10)
     table = top_tokens([record])

@@ -10,7 +10,7 @@ from experiments.base import SCALES, get_config
 from moe_jax.sweeps import Sweep, TrainedModel, falls, reported, rises
 from moe_jax.training.metrics import expert_load
 
-# So many steps of the bias' rate make a way as long in 500 steps as the papers' 0.001 in some ten thousand.
+# In 500 steps the bias gets as far at this rate as at the papers' 0.001 in five thousand.
 RATE = 0.01
 
 

@@ -23,7 +23,8 @@ SWEEP = Sweep(
     question="What do larger expert buffers give, in training and in evaluation?",
     paper="Zoph et al. 2022 (ST-MoE), top-1; Gale et al. 2023 (MegaBlocks)",
     config=get_config,
-    settings={"moe.num_experts": 16},
+    # All layers: what is dropped has no feed-forward network then.
+    settings={"moe.num_experts": 16, "moe.every": 1},
     arms=_arms(),
     expected=(
         falls("ce", "train_0.75_eval_0.75", "train_1_eval_1", "train_1.25_eval_1.25", "train_2_eval_2"),

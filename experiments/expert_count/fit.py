@@ -32,12 +32,12 @@ def read(scale: str) -> dict[str, np.ndarray]:
     return dict(zip(("parameters", "experts", "loss"), np.array(rows, np.float64).reshape(-1, 3).T))
 
 
-def table(law: ScalingLaw, rest: float, runs: int) -> str:
+def table(law: ScalingLaw, rest: float, runs: int, picture: str) -> str:
     header = ["", "a", "b", "c", "d", "E_start", "E_max"]
     row = lambda name, law: [name, *(f"{value:.3f}" for value in (law.a, law.b, law.c, law.d, law.start, law.most))]
     rows = [header, row("ours", law), *(row(f"{name}, Clark et al. 2022", other) for name, other in PUBLISHED.items())]
     return (f"{markdown(rows)}\n\nLeast squares of log10 loss over {runs} runs; root mean square of what remains {rest:.4f} "
-            f"({100 * (10 ** rest - 1):.1f} % of the loss).\n\n![the law](results/law.png)")
+            f"({100 * (10 ** rest - 1):.1f} % of the loss).\n\n![the law](results/{picture})")
 
 
 def draw(runs: dict[str, np.ndarray], law: ScalingLaw):
@@ -69,9 +69,10 @@ def main() -> None:
         raise SystemExit(f"{error}. Run moe-jax sweep experiments/expert_count --scale={scale} first.")
     buffer = io.BytesIO()
     draw(runs, law).savefig(buffer, format="png", metadata={"Software": None})
-    with whole(FOLDER / "results" / "law.png") as file:
+    picture = f"law_{scale}.png"
+    with whole(FOLDER / "results" / picture) as file:
         file.write(buffer.getvalue())
-    text = table(law, rest, len(runs["loss"]))
+    text = table(law, rest, len(runs["loss"]), picture)
     put_between_marks(FOLDER / "README.md", f"law at scale {scale}", text)
     print(text)
 

@@ -44,7 +44,7 @@ SWEEP = Sweep(
         falls("ce", "continued+150", "upcycled+150"),
         falls("ce", "scratch+50", "upcycled+50"),
         falls("ce", minus("scratch+50", "upcycled+50"), minus("scratch+150", "upcycled+150")),
-        falls("ce", "upcycled+150", "scratch+150", paper="Muennighoff et al. 2024 (OLMoE), figure 8: scratch overtakes at about 120 %"),
+        falls("ce", "upcycled+150", "scratch+150", paper="Muennighoff et al. 2024 (OLMoE): scratch overtakes, at 30 to 120 % of the dense budget"),
         reported("ce", "upcycled+50", "not-normalised+50"),
         reported("ce", "upcycled+50", "optimizer-carried+50"),
     ),

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax.analysis.bootstrap import Interval, bootstrap, document_counts, mean_over_documents
 from moe_jax.analysis.recording import RoutingRecord
-from moe_jax.analysis.routing_counts import choices_per_token, common_experts, counts_LCE, domain_codes
+from moe_jax.analysis.routing_counts import choices_per_token, common_experts, counts_LCE, domain_codes, ratio
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest, over_steps
 from moe_jax.training.metrics import DEAD_EXPERT_LOAD, expert_load
 
@@ -162,8 +162,7 @@ def _with_mean(measure: Callable, counts_LE: np.ndarray, sums_DLE: np.ndarray | 
 
 def _headline(name: str, interval: Interval, reference: float | None) -> Headline:
     """The last entry of the interval."""
-    ends = [float(end[-1]) if np.isfinite(end[-1]) else None for end in (interval.low, interval.high)]
-    return Headline(name, float(interval.value[-1]), reference, *ends)
+    return Headline(name, float(interval.value[-1]), reference, float(interval.low[-1]), float(interval.high[-1]))
 
 
 def _columns(names: str, rows: list[tuple]) -> dict[str, np.ndarray]:
@@ -393,5 +392,4 @@ def collapse_over_training(records: Sequence[RoutingRecord]) -> Table:
 def route_overlap(experts_LTK: np.ndarray, other_LTM: np.ndarray) -> np.ndarray:
     """Share of a token's experts that are among its others, mean over the tokens that have any, fp64 ``[L]``."""
     shared_LT, own_LT = common_experts(experts_LTK, other_LTM), (experts_LTK >= 0).sum(axis=-1)
-    share_LT = np.divide(shared_LT, own_LT, out=np.full(own_LT.shape, np.nan), where=own_LT > 0)
-    return np.nanmean(share_LT, axis=1)
+    return np.nanmean(ratio(shared_LT, own_LT), axis=1)

@@ -67,10 +67,8 @@ def bootstrap(sums: np.ndarray | Sequence[np.ndarray], statistic: Callable[..., 
       samples: resamples.
       confidence: share of repetitions of the experiment in which the interval should hold the truth.
       seed: of the resampling; the same seed gives the same interval.
-      centred: for a maximum or a spread over experts. With few tokens chance alone raises those, and drawing documents
-        raises them once more: the plain interval lies above the value. The centred one is shifted so that the mean of
-        the resamples is the value. It holds what the statistic is on average *on as many tokens*, so compare it with
-        uniform routing of as many tokens, not with the limit of infinitely many.
+      centred: for a maximum or a spread over experts, :func:`interval_around` the value. With few tokens chance alone
+        raises those, and drawing documents raises them once more: the percentiles lie above the value.
 
     Returns:
       An :class:`Interval` without R. The ends are NaN where they cannot be told: with fewer than two documents, and
@@ -96,9 +94,7 @@ def bootstrap(sums: np.ndarray | Sequence[np.ndarray], statistic: Callable[..., 
         totals = [(times_RD @ array.reshape(documents, -1)).reshape((-1, *array.shape[1:])) for array in sums]
         found.append(np.asarray(statistic(*totals), np.float64))
     found_R = np.concatenate(found)
-    if centred:
-        found_R = found_R - (found_R.mean(axis=0) - value)
-    return Interval(value, *_percentiles(found_R, confidence))
+    return Interval(value, *(interval_around(value, found_R, confidence) if centred else _percentiles(found_R, confidence)))
 
 
 def mean_over_documents(document_T: np.ndarray | None, value_LT: np.ndarray, samples: int = 500) -> Interval:
@@ -125,12 +121,30 @@ def _draw(random: np.random.Generator, samples: int, documents: int) -> np.ndarr
 
 
 def _percentiles(found_R: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    finite_R = np.isfinite(found_R)
-    lost = (~finite_R).mean(axis=0) > 1 - confidence
-    # A column without a single number would make nanquantile warn.
-    shown_R = np.where(lost, 0.0, np.where(finite_R, found_R, np.nan))
+    shown_R, lost = _finite(found_R, confidence)
     low, high = np.nanquantile(shown_R, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return np.where(lost, np.nan, low), np.where(lost, np.nan, high)
+
+
+def interval_around(value: np.ndarray | float, found_R: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Normal interval: the value ± the standard deviation of its resamples times the normal quantile, (low, high).
+
+    For a maximum or a spread, which resampling raises: it holds what the statistic is on average *on as many tokens*, so
+    compare it with uniform routing of as many tokens, not with the limit of infinitely many.
+    """
+    shown_R, lost = _finite(found_R, confidence)
+    margin = statistics.NormalDist().inv_cdf((1 + confidence) / 2) * np.nanstd(shown_R, axis=0, ddof=1)
+    return np.where(lost, np.nan, value - margin), np.where(lost, np.nan, value + margin)
+
+
+def _finite(found_R: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """(the resamples, NaN where one is not finite; lost: where more than 1 - confidence of them are not).
+
+    Where they are lost they are 0: of NaN alone NumPy would warn.
+    """
+    finite_R = np.isfinite(found_R)
+    lost = (~finite_R).mean(axis=0) > 1 - confidence
+    return np.where(lost, 0.0, np.where(finite_R, found_R, np.nan)), lost
 
 
 def resample_counts(document_T: np.ndarray, code_T: np.ndarray, size: int, statistic: Callable[[np.ndarray], np.ndarray],
@@ -160,15 +174,3 @@ def resample_counts(document_T: np.ndarray, code_T: np.ndarray, size: int, stati
     found = np.concatenate([np.asarray(statistic(times_RD[start:start + at_once] @ counts), np.float64)
                             for start in range(0, samples, at_once)])
     return found if documents > 1 else np.full_like(found, np.nan)
-
-
-def interval_around(value: float, found_R: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Normal interval: the value ± its bootstrap standard error times the normal quantile; NaN where a result is not finite.
-
-    For a maximum or a spread, which resampling raises: the interval is that of the statistic's expectation for so many
-    tokens, and is compared with uniform routing of as many.
-    """
-    if not np.isfinite(found_R).all():
-        return np.nan, np.nan
-    margin = statistics.NormalDist().inv_cdf((1 + confidence) / 2) * float(np.std(found_R, ddof=1))
-    return value - margin, value + margin

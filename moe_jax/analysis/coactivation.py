@@ -8,7 +8,7 @@ import numpy as np
 from moe_jax.analysis.bootstrap import bootstrap
 from moe_jax.analysis.recording import RoutingRecord
 from moe_jax.analysis.report_figures import INK, panel_title
-from moe_jax.analysis.routing_counts import chosen_TK, count, ratios
+from moe_jax.analysis.routing_counts import chosen_TK, count, ratio, ratios
 from moe_jax.analysis.routing_figures import panels, shown
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
 
@@ -20,7 +20,8 @@ def coactivation(records: Sequence[RoutingRecord]) -> Table:
     choose j too. All pairs of a token's experts are counted; OLMoE's own code counts pairs that are adjacent in rank only.
 
     Returns:
-      Columns layer, expert, other, together (N_ij), ratio (NaN if nobody chooses i), uniform ((k-1)/(E-1): uniform sets).
+      Columns layer, expert, other, together (N_ij), ratio (NaN if nobody chooses i), uniform ((k-1)/(E-1): uniform sets;
+      where tokens have different numbers of experts, k - 1 is how many others those of an expert have on average).
 
     Raises:
       MissingArray: every token chooses one expert.
@@ -30,7 +31,7 @@ def coactivation(records: Sequence[RoutingRecord]) -> Table:
         raise MissingArray("Every token chooses one expert, so that no two are chosen together; needs moe.experts_per_token "
                            "of 2 or more")
     pairs = [(layer, layer) for layer in range(len(record.layers))]
-    return _table(record, pairs, (record.experts_per_token - 1) / max(record.num_experts - 1, 1), "of the same layer")
+    return _table(record, pairs, "of the same layer")
 
 
 def coactivation_across_layers(records: Sequence[RoutingRecord]) -> Table:
@@ -44,11 +45,11 @@ def coactivation_across_layers(records: Sequence[RoutingRecord]) -> Table:
     if len(record.layers) < 2:
         raise MissingArray("The record has one MoE layer; needs two or more")
     pairs = [(layer, layer + 1) for layer in range(len(record.layers) - 1)]
-    return _table(record, pairs, record.experts_per_token / record.num_experts, "of the next MoE layer")
+    return _table(record, pairs, "of the next MoE layer")
 
 
-def _table(record: RoutingRecord, pairs: list[tuple[int, int]], uniform: float, where: str) -> Table:
-    experts, rows, sums, unlinked = record.num_experts, [], [], []
+def _table(record: RoutingRecord, pairs: list[tuple[int, int]], where: str) -> Table:
+    experts, rows, sums, unlinked, partners = record.num_experts, [], [], [], []
     within = pairs[0][0] == pairs[0][1]
     block_T, random = _blocks(record), np.random.default_rng(0)
     one, other = (index.ravel() for index in np.indices((experts, experts)))
@@ -58,18 +59,17 @@ def _table(record: RoutingRecord, pairs: list[tuple[int, int]], uniform: float, 
         sums.append(pair_counts(a_TK, b_TK, experts, block_T))
         unlinked.append(pair_counts(*_unlinked(a_TK, b_TK, within, random), experts))
         together, chosen = sums[-1].sum(axis=0).ravel()[kept], count(a_TK, experts)[one[kept]]
-        ratio = np.divide(together, chosen, out=np.full(len(chosen), np.nan), where=chosen > 0)
-        rows.append((np.full(len(chosen), record.layers[first]), one[kept], other[kept], together, ratio))
-    columns = dict(zip(("layer", "expert", "other", "together", "ratio"), map(np.concatenate, zip(*rows))))
-    columns["uniform"] = np.full(len(columns["layer"]), uniform)
-    partners = record.experts_per_token - within
+        partners.append(_partners(a_TK, b_TK, within))
+        rows.append((np.full(len(chosen), record.layers[first]), one[kept], other[kept], together, ratio(together, chosen),
+                     np.full(len(chosen), partners[-1] / (experts - within))))
+    columns = dict(zip(("layer", "expert", "other", "together", "ratio", "uniform"), map(np.concatenate, zip(*rows))))
     name = f"share of an expert's tokens that its closest expert {where} has too, mean over experts and layers"
-    value = _headline(name, partners, np.stack(sums, axis=1), np.stack(unlinked, axis=1), within)
+    value = _headline(name, np.array(partners), np.stack(sums, axis=1), np.stack(unlinked, axis=1), within)
     caption = (
         f"Of the tokens that choose an expert (row) the share that also choose each expert {where} (column); "
-        f"{record.num_tokens:,} tokens. White: {100 * uniform:.3g} %, uniform routing; a row adds up to "
-        f"{100 * partners} %. Specialisation: single dark cells, experts that work together. A red column is an "
-        "expert that all tokens choose often.")
+        f"{record.num_tokens:,} tokens. White: {100 * columns['uniform'].mean():.3g} %, uniform routing; a row adds up to "
+        f"{100 * np.mean(partners):.0f} %. Specialisation: single dark cells, experts that work together. A red column is "
+        "an expert that all tokens choose often.")
     return Table(columns, caption, (value,), {"across": not within})
 
 
@@ -82,6 +82,12 @@ def pair_counts(a_TK: np.ndarray, b_TK: np.ndarray, experts: int, block_T: np.nd
         for b_T in b_TK.T:
             sums += count(np.where((a_T >= 0) & (b_T >= 0), start_T + a_T * experts + b_T, -1), len(sums))
     return sums.reshape(blocks, experts, experts)
+
+
+def _partners(a_TK: np.ndarray, b_TK: np.ndarray, within: bool) -> float:
+    """How many experts in `b_TK`, other than itself, an expert's tokens in `a_TK` have on average: what a row adds up to."""
+    own_T, other_T = ((experts_TK >= 0).sum(axis=1) for experts_TK in (a_TK, b_TK))
+    return float(own_T @ (other_T - within) / max(own_T.sum(), 1))
 
 
 def _blocks(record: RoutingRecord) -> np.ndarray:
@@ -99,27 +105,23 @@ def _unlinked(a_TK: np.ndarray, b_TK: np.ndarray, within: bool, random: np.rando
     return dealt_TK, dealt_TK
 
 
-def _headline(name: str, partners: int, sums_BPEE: np.ndarray, unlinked_1PEE: np.ndarray, within: bool) -> Headline:
-    """`partners` times the largest share of a row of pairs, mean over rows and layers (P pairs of layers)."""
+def _headline(name: str, partners_P: np.ndarray, sums_BPEE: np.ndarray, unlinked_1PEE: np.ndarray, within: bool) -> Headline:
+    """`partners_P` times the largest share of a row of pairs, mean over rows and layers (P pairs of layers)."""
     def closest(sums_RPEE: np.ndarray) -> np.ndarray:
         pairs_RPEE = sums_RPEE * ~np.eye(sums_RPEE.shape[-1], dtype=bool) if within else sums_RPEE
-        return partners * np.nanmean(ratios(pairs_RPEE).max(axis=-1), axis=(1, 2))
+        return np.mean(partners_P * np.nanmean(ratios(pairs_RPEE).max(axis=-1), axis=2), axis=1)
 
-    interval = bootstrap(sums_BPEE, closest, samples=100)
-    value, reference = float(interval.value), float(closest(unlinked_1PEE)[0])
-    margin = float(interval.high - interval.low) / 2  # around the value: resampling raises a maximum
-    if np.isnan(margin):
-        return Headline(name, value, reference)
-    return Headline(name, value, reference, value - margin, value + margin)
+    interval = bootstrap(sums_BPEE, closest, samples=100, centred=True)
+    return Headline(name, float(interval.value), float(closest(unlinked_1PEE)[0]), float(interval.low), float(interval.high))
 
 
 def draw_coactivation(table: Table) -> Any:
     from matplotlib.colors import TwoSlopeNorm
 
     layers = shown(table["layer"])
-    experts, uniform = len(np.unique(table["expert"])), 100 * table["uniform"][0]
+    experts, uniform = len(np.unique(table["expert"])), max(100 * table["uniform"].mean(), 1e-6)
     figure, axes = panels(len(layers), 3.6, sharex=True, sharey=True)
-    highest = max(100 * float(np.nanmax(table["ratio"])), 1.5 * uniform, 1e-6)
+    highest = max(100 * float(np.nanmax(table["ratio"])), 1.5 * uniform)
     norm = TwoSlopeNorm(vcenter=uniform, vmin=0.0, vmax=highest)
     for axis, layer in zip(axes, layers):
         rows = table.where(layer=layer)

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.analysis.recording import RoutingRecord
 from moe_jax.analysis.report_figures import MUTED, drops_by_position, legend, plain, reference_line
-from moe_jax.analysis.routing_counts import chosen_TK, count, domain_codes, headline
+from moe_jax.analysis.routing_counts import chosen_TK, count, domain_codes, headline, ratio
 from moe_jax.analysis.routing_figures import SERIES, bars, grid, legend_above, panels, row_height
 from moe_jax.analysis.specialisation import routing_by_category, turn_codes
 from moe_jax.analysis.tables import Headline, Table, latest
@@ -53,7 +53,7 @@ def drops(records: Sequence[RoutingRecord]) -> Table:
     size = int(record.row_positions_T.max()) + 1
     made_LS, dropped_LS = _made_and_dropped(record, record.row_positions_T, size)
     columns = {"layer": np.repeat(record.layers, size), "position": np.tile(np.arange(size), len(record.layers)),
-               "choices": made_LS.ravel(), "dropped": dropped_LS.ravel(), "ratio": _ratio(dropped_LS, made_LS).ravel()}
+               "choices": made_LS.ravel(), "dropped": dropped_LS.ravel(), "ratio": ratio(dropped_LS, made_LS).ravel()}
     quarter = max(1, size // 4)
     early_T, late_T = record.row_positions_T < quarter, record.row_positions_T >= size - quarter
     early, late = (_drop_headline(record, part_T, f"dropped choices in the {name} quarter of the row")
@@ -88,7 +88,7 @@ def drops_by_source(records: Sequence[RoutingRecord]) -> Table:
     made, dropped = _made_and_dropped(record, cell_T, len(names) * bins)
     layer, domain, place = (index.ravel() for index in np.indices((len(record.layers), len(names), bins)))
     columns = {"layer": np.array(record.layers)[layer], "domain": np.array(names)[domain], "position": place * width,
-               "choices": made.ravel(), "dropped": dropped.ravel(), "ratio": _ratio(dropped, made).ravel()}
+               "choices": made.ravel(), "dropped": dropped.ravel(), "ratio": ratio(dropped, made).ravel()}
     caption = (
         "Left: share of choices that found no place by domain, one point per layer, the bar is their mean; right: "
         f"the same by position in the row (bins of {width} tokens), all layers; {int((code_T >= 0).sum()):,} tokens. "
@@ -101,11 +101,11 @@ def draw_drops_by_source(table: Table) -> Any:
     sums = {name: _sums(table, name) for name in ("choices", "dropped")}
     domains, layers, positions = (list(dict.fromkeys(table[name].tolist())) for name in ("domain", "layer", "position"))
     figure, (left, right) = panels(2, max(2.8, 0.9 + row_height(len(domains)) * len(domains)))
-    ratio_D = 100 * _ratio(sums["dropped"].sum(axis=(0, 2)), sums["choices"].sum(axis=(0, 2)))
-    ratio_DL = 100 * _ratio(sums["dropped"].sum(axis=2), sums["choices"].sum(axis=2)).T
+    ratio_D = 100 * ratio(sums["dropped"].sum(axis=(0, 2)), sums["choices"].sum(axis=(0, 2)))
+    ratio_DL = 100 * ratio(sums["dropped"].sum(axis=2), sums["choices"].sum(axis=2)).T
     bars(left, [plain(name) for name in domains], ratio_DL / 100)
     left.set_xlabel("dropped choices (%)")
-    ratio_DS = 100 * _ratio(sums["dropped"].sum(axis=0), sums["choices"].sum(axis=0))
+    ratio_DS = 100 * ratio(sums["dropped"].sum(axis=0), sums["choices"].sum(axis=0))
     named = np.argsort(-ratio_D, kind="stable")[:len(SERIES)]
     for domain in range(len(domains)):
         place = list(named).index(domain) if domain in named else None
@@ -137,7 +137,7 @@ def drops_by_turn(records: Sequence[RoutingRecord]) -> Table:
     layer, group = (index.ravel() for index in np.indices(made.shape))
     tokens_C = count(code_T, len(names))
     columns = {"layer": np.array(record.layers)[layer], "group": np.array(names)[group], "tokens": tokens_C[group],
-               "choices": made.ravel(), "dropped": dropped.ravel(), "ratio": _ratio(dropped, made).ravel()}
+               "choices": made.ravel(), "dropped": dropped.ravel(), "ratio": ratio(dropped, made).ravel()}
     several_T = (code_T >= 0) & (np.append(names, "")[code_T] != "single turn")
     parts = {"a single turn": (code_T >= 0) & ~several_T, "several turns": several_T}
     headlines = [_drop_headline(record, part_T, f"dropped choices, conversations of {name}")
@@ -176,10 +176,6 @@ def _made_and_dropped(record: RoutingRecord, code_T: np.ndarray, size: int) -> t
     return made, made - found
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
-
-
 def _drop_headline(record: RoutingRecord, part_T: np.ndarray, name: str) -> Headline:
     """Dropped choices over made ones in a part of the tokens, all layers."""
     def dropped(layer: int) -> np.ndarray:
@@ -188,4 +184,4 @@ def _drop_headline(record: RoutingRecord, part_T: np.ndarray, name: str) -> Head
 
     codes = [dropped(layer) for layer in range(len(record.layers))]
     value = np.mean([np.mean(code[code >= 0]) if (code >= 0).any() else np.nan for code in codes])
-    return headline(name, value, None, record, codes, 2, lambda counts: _ratio(counts[:, 1], counts.sum(axis=1)))
+    return headline(name, value, None, record, codes, 2, lambda counts: ratio(counts[:, 1], counts.sum(axis=1)))

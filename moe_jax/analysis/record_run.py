@@ -2,6 +2,7 @@
 
     records = records_of_run("workdir")                      # the run's held-out text
     records = records_of_run("workdir", data="files:texts")  # other text, a domain per folder
+    drops = drops_of_run("workdir", records[-1].step)        # with the buffers of training, where choices are dropped
 
 What is there already is used again if checkpoint, text and settings are the same.
 """
@@ -67,13 +68,23 @@ def records_of_run(workdir: str | os.PathLike, step: int | None = None, **option
     Raises:
       RecordError: the model is dense. RunError, CheckpointError, ConfigError, CorpusError.
     """
-    workdir = pathlib.Path(workdir).absolute()
     recording = Recording(**options)
+    return record_steps(_opened(workdir), recording, step)
+
+
+def drops_of_run(workdir: str | os.PathLike, step: int, **options) -> RoutingRecord | None:
+    """:func:`record_with_buffers` of a run's step, for :func:`routing_report.run_analyses`; ``options`` and Raises as above."""
+    recording = Recording(**options)
+    return record_with_buffers(_opened(workdir), recording, step)
+
+
+def _opened(workdir: str | os.PathLike) -> Run:
+    workdir = pathlib.Path(workdir).absolute()
     config = resolve(read_config(workdir))
     require_checkpoint(workdir)
     check_recordable(config)
     check_config_matches_mesh(config, jax.device_count())
-    return record_steps(open_run(config, workdir), recording, step)
+    return open_run(config, workdir)
 
 
 def record_steps(run: Run, recording: Recording, step: int | None = None) -> list[RoutingRecord]:

@@ -66,10 +66,15 @@ def counts_LCE(record: RoutingRecord, code_T: np.ndarray, size: int, dispatched:
                      .reshape(size, experts) for layer in range(len(record.layers))])
 
 
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, of shapes that broadcast; NaN where the whole is 0."""
+    part, whole = np.broadcast_arrays(part, whole)
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
+
+
 def ratios(counts: np.ndarray) -> np.ndarray:
     """Each row of the last axis divided by its sum; NaN where that is 0."""
-    total = counts.sum(axis=-1, keepdims=True)
-    return np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+    return ratio(counts, counts.sum(axis=-1, keepdims=True))
 
 
 def variation(ratios_CE: np.ndarray, whole_E: np.ndarray) -> np.ndarray:
@@ -105,20 +110,20 @@ def uniform_std(record: RoutingRecord, code_T: np.ndarray, size: int, dispatched
     return np.stack(found)
 
 
-def uniform_largest_share(tokens_C: np.ndarray, experts: int, choices: int, seed: int = 0) -> np.ndarray:
+def uniform_largest_share(tokens_C: np.ndarray, experts: int, choices: float, seed: int = 0) -> np.ndarray:
     """Expected share of a category's tokens that choose its most chosen expert, if each token chose one of all sets of K
     experts at random, ``[C]``; by simulation for n up to 4,096 tokens, and above by its excess over K/E falling with √n.
 
-    It is K/E for very many tokens only: the best of E noisy shares is above their mean.
+    It is K/E for very many tokens only: the best of E noisy shares is above their mean. K may be a mean number of choices.
     """
     tokens_C = np.asarray(tokens_C)
     longest = int(min(_SIMULATED_TOKENS, tokens_C.max(initial=1)))
     random = np.random.default_rng(seed)
     largest_N = np.zeros(longest)
     for _ in range(_SIMULATIONS):
-        set_NK = np.argpartition(random.random((longest, experts)), choices - 1, axis=1)[:, :choices]
-        chosen_NE = np.zeros((longest, experts), np.int32)
-        np.put_along_axis(chosen_NE, set_NK, 1, axis=1)
+        size_N1 = int(choices) + (random.random((longest, 1)) < choices - int(choices))
+        rank_NE = random.random((longest, experts)).argsort(axis=1).argsort(axis=1)
+        chosen_NE = (rank_NE < size_N1).astype(np.int32)
         largest_N += np.cumsum(chosen_NE, axis=0).max(axis=1) / np.arange(1, longest + 1) / _SIMULATIONS
     within_C = np.clip(tokens_C, 1, longest)
     excess_C = largest_N[within_C - 1] - choices / experts
@@ -139,8 +144,7 @@ def headline(name: str, value: float, reference: float | None, record: RoutingRe
     if record.documents_T is None:
         return Headline(name, float(value), reference)
     found_R = np.mean([resample_counts(record.documents_T, code_T, size, statistic) for code_T in codes], axis=0)
-    low, high = interval_around(float(value), found_R)
-    return Headline(name, float(value), reference, *((None, None) if np.isnan(low) else (low, high)))
+    return Headline(name, float(value), reference, *map(float, interval_around(value, found_R)))
 
 
 def dealt_anew(record: RoutingRecord, code_T: np.ndarray, size: int, dispatched: bool,
@@ -190,4 +194,4 @@ def drop_note(record: RoutingRecord) -> str:
     if lost < 0.01:
         return ""
     return (f" {100 * lost:.2g} % of the choices found no place and are left out here, most of them those of popular "
-            f"experts late in the row; record with moe.dispatch=dropless to see the router's choices alone.")
+            f"experts late in the row; record with --dispatch=dropless to see the router's choices alone.")

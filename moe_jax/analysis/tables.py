@@ -33,7 +33,7 @@ class Headline:
       name: what it is, with its unit, in a few words.
       value: the number.
       reference: what routing without specialisation (or the named baseline) would give; None where there is none.
-      low, high: ends of a 95 % interval by bootstrap over documents; None where it was not made.
+      low, high: ends of a 95 % interval by bootstrap over documents; None where it was not made (given as None or NaN).
     """
 
     name: str
@@ -41,6 +41,11 @@ class Headline:
     reference: float | None = None
     low: float | None = None
     high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.low is not None and np.isnan([self.low, self.high]).any():
+            object.__setattr__(self, "low", None)
+            object.__setattr__(self, "high", None)
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" [{self.low:.4g}, {self.high:.4g}]"

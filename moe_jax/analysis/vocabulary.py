@@ -8,8 +8,8 @@ import numpy as np
 from moe_jax.analysis.recording import RoutingRecord
 from moe_jax.analysis.report_figures import INK, MUTED, legend, new_figure, panel_title, plain
 from moe_jax.analysis.routing_counts import (
-    chosen_TK, count, dealt_anew, headline, pair_codes, token_label, top, uniform_largest_share)
-from moe_jax.analysis.routing_figures import SERIES, grid, shown
+    choices_per_token, chosen_TK, count, dealt_anew, headline, pair_codes, ratio, token_label, top, uniform_largest_share)
+from moe_jax.analysis.routing_figures import SERIES, shown
 from moe_jax.analysis.specialisation import routing_by_category
 from moe_jax.analysis.tables import MissingArray, Table, latest
 
@@ -145,7 +145,8 @@ def _specialisation_of(record: RoutingRecord, kind: str, ids_T: np.ndarray, leas
     code_V[kept] = np.arange(len(kept))
     code_T, tokens_C, size, experts = code_V[code_T], tokens_V[kept], len(kept), record.num_experts
     codes, columns = [], []
-    uniform_C = uniform_largest_share(tokens_C, experts, record.experts_per_token)
+    per_token = choices_per_token(record)
+    uniform_C = uniform_largest_share(tokens_C, experts, per_token)
     for layer, number in enumerate(record.layers):
         chosen = chosen_TK(record, layer)
         codes.append(pair_codes(code_T, chosen, experts))
@@ -155,13 +156,10 @@ def _specialisation_of(record: RoutingRecord, kind: str, ids_T: np.ndarray, leas
                         "occurrences": tokens_C, "expert": share_CE.argmax(axis=1), "share": share_CE.max(axis=1), "uniform": uniform_C,
                         "load": np.full(size, load)})
     columns = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-    per_token = (record.experts_LTK >= 0).sum() / record.experts_LTK[..., 0].size
 
     def statistic(counts: np.ndarray) -> np.ndarray:
         counts_RCE = counts.reshape(-1, size, experts)
-        total_RC = counts_RCE.sum(axis=-1)
-        share_RC = np.divide(counts_RCE.max(axis=-1), total_RC, out=np.full(total_RC.shape, np.nan), where=total_RC > 0)
-        return per_token * np.nanmean(share_RC, axis=-1)
+        return per_token * np.nanmean(ratio(counts_RCE.max(axis=-1), counts_RCE.sum(axis=-1)), axis=-1)
 
     name = f"vocabulary specialisation, {kind}: share of the favourite expert, mean over {size} ids and layers"
     reference = dealt_anew(record, code_T, size, False, statistic)

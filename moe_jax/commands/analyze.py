@@ -32,7 +32,7 @@ def add(commands) -> None:
     command.add_argument("--checkpoint", dest="workdir", action=_Checkpoint, metavar="PATH", help="the same, or one of its "
                          "checkpoints, WORKDIR/checkpoints/step_…: that step and those before it")
     command.add_argument("--record", action="append", default=[], metavar="FILE", help="analyse recorded routing (an .npz "
-                         "that RoutingRecord wrote) instead of a checkpoint; several times for several steps")
+                         "that write_record wrote) instead of a checkpoint; several times for several steps")
     command.add_argument("--data", default="", metavar="SOURCE", help="other text, named as data.source is, e.g. files:FOLDER "
                          "with a folder per domain; all of it is read (default: the run's held-out text)")
     command.add_argument("--out", default="", metavar="FOLDER", help="where the report goes (default: "

@@ -309,7 +309,7 @@ def fill_pair(
 
 def text_and_target_lengths(inputs_length: int, rate: float, mean_span: float) -> tuple[int, int]:
     """(tokens of text, of targets) that fill `inputs_length` inputs by span corruption, end ids counted: T5's
-    `random_spans_helper`.
+    `random_spans_helper`, without its exception for a rate of one half.
 
     Raises:
       ValueError: not even two tokens of text fit.

@@ -66,6 +66,11 @@ def _seeds(sweep: Sweep, request: Request) -> Sequence[int]:
 
 
 def _run_tasks(tasks: list[runner.Task], request: Request, cache: pathlib.Path) -> dict[str, str]:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"{cache}: runs cannot be trained there ({error.strerror or error}). Give another folder: "
+                         f"--scratch=…") from error
     pool = runner.Pool(tasks, request.jobs, request.devices, request.keep, cache)
     with _stopped_by_sigterm(), Display({task.name: task.steps for task in tasks}) as display:
         display.console.print(f"{len(tasks)} runs to train, {pool.processes} at a time; what they say: {cache}/worker_*.log")

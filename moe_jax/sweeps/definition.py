@@ -248,7 +248,7 @@ class Sweep:
         """The checked config of one run.
 
         Raises:
-          ConfigError: with the arm's name.
+          SweepError: what is wrong with it, with the arm's name.
         """
         try:
             return resolve(_nested(self._settings_of(name, scale, seed), self.config()))

@@ -1,5 +1,6 @@
 """The figure of a sweep: where training curves part, every run's metric, and the intervals with their verdicts."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,13 +8,14 @@ import numpy as np
 
 from moe_jax.analysis.report_figures import ACCENT, EVALUATION, MUTED, WIDTH, panel_title, plain, style_axis
 from moe_jax.sweeps.definition import Sweep
-from moe_jax.sweeps.statistics import DOES_NOT_HOLD, HOLDS, Comparison, Metrics
+from moe_jax.sweeps.statistics import DOES_NOT_HOLD, HOLDS, Comparison
 
 _COLOURS = {HOLDS: ACCENT, DOES_NOT_HOLD: EVALUATION}
 _UNITS = {"ce": "cross-entropy, nats per token", "bits_per_byte": "bits per byte", "load_max": "busiest expert's load / mean load",
           "max_violation": "MaxVio: busiest expert's load / mean - 1", "drop_fraction": "share of choices dropped",
           "seconds_per_step": "seconds per step", "train/ce": "training loss, nats per token"}
 _ROW, _SMOOTHED = 0.22, 7  # inches per line of text; lines of metrics.jsonl per point of a curve
+_NAME, _CLAIM = 24, 44  # characters per line of an arm's name, and of a claim
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
@@ -27,17 +29,19 @@ def draw(sweep: Sweep, scale: str, results: Results, comparisons: Sequence[Compa
     by_metric: dict[str, list[Comparison]] = {}
     for each in comparisons:
         by_metric.setdefault(each.order.metric, []).append(each)
-    heights = [1.0 + _ROW * max(len(sweep.arms), 8), *(0.75 + 1.5 * _ROW * len(each) for each in by_metric.values())]
+    claims = {metric: [_claim(metric, one) for one in each] for metric, each in by_metric.items()}
+    lines = [sum(text.count("\n") + 1.5 for text in each) for each in claims.values()]
+    heights = [1.0 + _ROW * max(len(sweep.arms), 8), *(0.8 + 0.8 * _ROW * count for count in lines)]
     figure = Figure(figsize=(WIDTH, 0.4 + sum(heights)), dpi=150, layout="constrained", facecolor="white")
-    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-    upper = [figure.add_subplot(grid[0, column]) for column in (0, 1)]
-    lower = [figure.add_subplot(grid[row, :]) for row in range(1, len(heights))]
+    # Parts of a figure are laid out each on its own: the names beside one do not narrow the others.
+    parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
+    upper, lower = parts[0].subplots(1, 2), [part.subplots() for part in parts[1:]]
     for axis in (*upper, *lower):
         style_axis(axis)
     _draw_curves(upper[0], results, colours)
     _draw_runs(upper[1], sweep.metrics[0], results, colours)
     for axis, (metric, each) in zip(lower, by_metric.items()):
-        _draw_intervals(axis, metric, each)
+        _draw_intervals(axis, metric, each, claims[metric])
     seeds = max((len(each) for each in results.values()), default=0)
     figure.suptitle(plain(f"{sweep.title} – {scale}, {seeds} seed{'s' if seeds != 1 else ''}"), fontsize=11, x=0.01, ha="left")
     return figure
@@ -58,23 +62,29 @@ def _draw_curves(axis: Any, results: Results, colours: Mapping[str, Any]) -> Non
             axis.plot(steps[size - 1 :], mean, color=colours[arm], linewidth=1.4)
     axis.set_xlabel("step")
     axis.set_ylabel("nats per token", fontsize=9)
-    panel_title(axis, f"training loss less that of {first}, smoothed" if first else "no arm was trained")
+    panel_title(axis, textwrap.fill(f"training loss less that of {first}, smoothed", 40) if first else "no arm was trained")
 
 
 def _draw_runs(axis: Any, metric: str, results: Results, colours: Mapping[str, Any]) -> None:
-    for place, (arm, each) in enumerate(results.items()):
-        values = [result["metrics"][metric] for result in each.values() if result["metrics"].get(metric) is not None]
-        axis.plot(values, [place] * len(values), "o", color=colours[arm], markersize=4.5, markeredgewidth=0)
-        if values:
-            axis.plot([np.mean(values)], [place], "|", color=colours[arm], markersize=14, markeredgewidth=2)
-    axis.set_yticks(range(len(results)), [plain(arm) for arm in results])
-    axis.set_ylim(len(results) - 0.5, -0.5)
+    values = {arm: [result["metrics"][metric] for result in each.values() if result["metrics"].get(metric) is not None]
+              for arm, each in results.items()}
+    values = {arm: each for arm, each in values.items() if each}
+    for place, (arm, each) in enumerate(values.items()):
+        axis.plot(each, [place] * len(each), "o", color=colours[arm], markersize=4.5, markeredgewidth=0)
+        axis.plot([np.mean(each)], [place], "|", color=colours[arm], markersize=14, markeredgewidth=2)
+    axis.set_yticks(range(len(values)), [plain(textwrap.fill(arm, _NAME, break_long_words=False)) for arm in values], fontsize=8)
+    axis.set_ylim(max(len(values), 1) - 0.5, -0.5)
     axis.margins(x=0.05)
     axis.set_xlabel(_UNITS.get(metric, metric))
     panel_title(axis, "a dot per seed, a bar for the mean")
 
 
-def _draw_intervals(axis: Any, metric: str, comparisons: Sequence[Comparison]) -> None:
+def _claim(metric: str, comparison: Comparison) -> str:
+    """What is compared, and the verdict."""
+    return textwrap.fill(comparison.claim.removeprefix(f"{metric}: "), _CLAIM, break_on_hyphens=False) + f"\n{comparison.verdict}"
+
+
+def _draw_intervals(axis: Any, metric: str, comparisons: Sequence[Comparison], claims: Sequence[str]) -> None:
     for place, each in enumerate(comparisons):
         interval, colour = each.interval, _COLOURS.get(each.verdict, MUTED)
         if interval.low is not None:
@@ -83,8 +93,7 @@ def _draw_intervals(axis: Any, metric: str, comparisons: Sequence[Comparison]) -
         if each.order.direction == "equal":
             axis.plot([-each.order.within, each.order.within], [place, place], "|", color=MUTED, markersize=12)
     axis.axvline(0, color=MUTED, linewidth=1.2)
-    names = [plain(f"{each.claim.removeprefix(f'{metric}: ')}   {each.verdict}") for each in comparisons]
-    axis.set_yticks(range(len(comparisons)), names, fontsize=8)
+    axis.set_yticks(range(len(comparisons)), [plain(text) for text in claims], fontsize=8)
     axis.set_ylim(len(comparisons) - 0.5, -0.5)
     axis.margins(x=0.05)
     axis.set_xlabel(_UNITS.get(metric, metric))

@@ -172,9 +172,13 @@ class Pool:
         """One worker's share: takes tasks until none is left, and starts the process anew if it died."""
         process = None
         while (task := self._take(display)) is not None:
-            if process is None or process.poll() is not None:
-                process = self._start(number)
-            error = self._ask(process, task)
+            try:
+                if process is None or process.poll() is not None:
+                    process = self._start(number)
+            except OSError as reason:
+                error = f"no process could be started for it: {reason}"
+            else:
+                error = self._ask(process, task)
             if self.stopping:
                 return
             self._finish(task, error)

@@ -102,13 +102,15 @@ def missing_metrics(sweep: Sweep, found: Metrics) -> list[str]:
 
 def compare(sweep: Sweep, found: Metrics) -> list[Comparison]:
     """Every pair of every expected order for which there is at least one seed."""
-    pairs = [(order, *pair) for order in sweep.expected for pair in order.pairs()]
-    expected = sum(order.direction != "reported" for order, _, _ in pairs)
+    pairs = []
+    for order in sweep.expected:
+        for earlier, later in order.pairs():
+            differences = [b - a for a, b in zip(*_paired(order, earlier, later, found))]
+            if differences:
+                pairs.append((order, earlier, later, differences))
+    expected = sum(order.direction != "reported" for order, *_ in pairs)
     comparisons = []
-    for order, earlier, later in pairs:
-        differences = [b - a for a, b in zip(*_paired(order, earlier, later, found))]
-        if not differences:
-            continue
+    for order, earlier, later, differences in pairs:
         interval = paired_interval(differences)
         strict = paired_interval(differences, 1 - (1 - CONFIDENCE) / max(1, expected))
         comparisons.append(Comparison(order, label(earlier, order.metric), label(later, order.metric), interval,
