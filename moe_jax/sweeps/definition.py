@@ -264,12 +264,12 @@ class Sweep:
         return {**common, **_at_scale(arm.settings, scale)}
 
     def measure_hash(self) -> str:
-        """Of all that ``measure`` may use of its own module, functions and constants; '' without one."""
+        """Of all that ``measure`` may use of its own module, functions, classes and constants; '' without one."""
         if self.measure is None:
             return ""
         module = inspect.getmodule(self.measure)
         parts = [inspect.getsource(value) for value in vars(module).values()
-                 if inspect.isfunction(value) and value.__module__ == module.__name__]
+                 if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == module.__name__]
         parts += [f"{name}={value!r}" for name, value in vars(module).items() if isinstance(value, (int, float, str, tuple))
                   and not name.startswith("_")]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
