@@ -20,7 +20,8 @@ import sys
 import tempfile
 import time
 
-from benchmarks.moe_layer import CASES, WARM_UP, Program, _versions, moe_program, timed
+from benchmarks.command_line import load_average, parsed, parser_of, versions
+from benchmarks.moe_layer import CASES, WARM_UP, Program, moe_program, timed
 from moe_jax import environment
 
 REPETITIONS = 20  # a median of fewer is not worth quoting
@@ -34,9 +35,9 @@ PRODUCT_WIDTH = 1024
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    if arguments.repetitions < 1:
-        _parser().error(f"--repetitions={arguments.repetitions}: must be at least 1")
+    arguments, settings = parsed(_parser(), argv, repetitions=1)
+    if settings:
+        _parser().error(f"{settings[0].split('=')[0]}: presets are timed as they are")
     from moe_jax.models.families import FAMILIES
 
     for name in arguments.families:
@@ -53,8 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("families", __doc__, config=False)
 
     def cases(text):
         for name in text.split(","):
@@ -68,10 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", type=cases, default=DEFAULT_BLOCKS, help=f"of them (default: {','.join(DEFAULT_BLOCKS)})")
     parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="of each (default: %(default)s)")
     return parser
-
-
-def _load_average() -> float | None:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 # Presets.
@@ -101,7 +97,7 @@ def measure_preset(family: str, repetitions: int) -> dict:
     from moe_jax.training.run import open_run
 
     settings = families.merged(families.settings(family), {"data": {"source": "synthetic", "max_bytes": 200_000}})
-    config, load = resolve(settings), _load_average()
+    config, load = resolve(settings), load_average()
     with tempfile.TemporaryDirectory() as folder:
         run = open_run(config, pathlib.Path(folder))
         with jax.set_mesh(run.mesh):
@@ -121,7 +117,7 @@ def measure_preset(family: str, repetitions: int) -> dict:
             **{f"{name}_seconds": spent[name] for name in tokens},
             **{f"{name}_fraction_of_product_rate": flops[name] * tokens[name] / spent[name] / rate for name in flops},
             "product_flops_per_second": rate, "tokens_per_step": config.tokens_per_step, "decoded_rows": DECODED_ROWS,
-            "repetitions": repetitions, "load_average_before": load, **_versions()}
+            "repetitions": repetitions, "load_average_before": load, **versions()}
 
 
 def _model_programs(run) -> dict:
@@ -171,7 +167,7 @@ def measure_block(case_name: str, repetitions: int):
 
     from moe_jax.sharding import make_mesh
 
-    case, rule, load = CASES[case_name], BLOCKS[case_name], _load_average()
+    case, rule, load = CASES[case_name], BLOCKS[case_name], load_average()
     moe = {"gate_order": "top_k_then_softmax"} if rule == "mixtral" else {}
     with jax.set_mesh(make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1})):
         ours = {name: moe_program(case, "dropless", name, "float32", moe) for name in ("forward", "training")}
@@ -191,7 +187,7 @@ def measure_block(case_name: str, repetitions: int):
                    "processor_speedup": processor["theirs"] / processor["ours"],
                    "seconds": statistics.median(seconds["ours"]), "transformers_seconds": statistics.median(seconds["theirs"]),
                    "repetitions": repetitions, "load_average_before": load, "torch": importlib.metadata.version("torch"),
-                   "transformers": importlib.metadata.version("transformers"), **_versions()}
+                   "transformers": importlib.metadata.version("transformers"), **versions()}
 
 
 class TorchBlock:

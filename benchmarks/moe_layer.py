@@ -11,12 +11,11 @@ with respect to everything: inputs, router, experts. What the fields mean: bench
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import time
 
-from benchmarks.command_line import parser_of, versions
+from benchmarks.command_line import load_average, parser_of, versions
 from moe_jax import environment
 
 REPETITIONS = 20  # a median of fewer is not worth quoting
@@ -96,7 +95,7 @@ def measure(case: Case, dispatches, passes, repetitions: int, dtype: str = "floa
 
     from moe_jax.sharding import make_mesh
 
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = load_average()
     with jax.set_mesh(make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1})):
         for name in passes:
             programs = {"dense": dense_program(case, name, dtype), "matmul": matmul_program(case, name, dtype)}
