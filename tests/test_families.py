@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax import families
-from moe_jax.config import Config, ConfigError
+from moe_jax.config import Config, ConfigError, load_config
 from moe_jax.interop import huggingface
 from moe_jax.training.flops import ParameterCount, count_parameters
 
@@ -168,6 +168,43 @@ def test_settings_are_copies():
 def test_names_that_are_not_there(call, words):
     with pytest.raises(ConfigError, match=words):
         families.settings(*call)
+
+
+# Models by name, in the place of a config file.
+
+
+@pytest.mark.parametrize("family, size", ROWS)
+def test_every_model_is_found_by_its_name(family, size):
+    found, settings = load_config(f"{family}:{size}", []).to_dict(), families.settings(family, size)
+    assert all(found[section][name] == value for section, values in settings.items() for name, value in values.items())
+    assert (found["model"]["dtype"] == "bfloat16") == (size != "tiny")
+
+
+def test_what_a_row_does_not_say_is_filled_in_and_may_be_overridden():
+    assert load_config("mixtral:tiny", []) == load_config(str(ROOT / "configs/mixtral_tiny.py"), [])
+    found = load_config("openmoe_code:8b", ["--config.data.batch_size=64", "--config.moe.capacity_factor=2"])
+    assert found.model.remat == "block" and found.data.sequence_length == 2048  # the row's
+    assert found.data.batch_size == 64 and found.moe.capacity_factor == 2.0
+    assert load_config("mixtral:8x7b", []).data.sequence_length == 4096
+    assert load_config("shazeer:moe_32", []).model.remat == "none"  # an LSTM has no blocks to compute again
+
+
+@pytest.mark.parametrize("name, words", [
+    ("mixtrl:8x7b", ["did you mean 'mixtral'", "family:size"]), ("mixtral:8x7", ["did you mean '8x7b'", "8x22b, tiny"]),
+    ("mixtral", ["Mixtral has no size ''", "8x7b"]), ("mixtrl", ["there is no such file", "mixtral:8x7b"]),
+    ("configs/mixtral:8x7b.py", ["there is no such file"])])
+def test_a_name_that_is_not_there_is_refused_where_a_file_would_be(name, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(name, [])
+    assert str(error.value).startswith(f"--config={name}: ") and all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_an_override_of_a_named_model_is_checked_like_a_file_s():
+    with pytest.raises(ConfigError, match="moe.num_experts"):
+        load_config("mixtral:8x7b", ["--config.moe.num_expert=4"])
+    with pytest.raises(ConfigError, match="four"):
+        load_config("mixtral:8x7b", ["--config.moe.num_experts=four"])
 
 
 # README's table.

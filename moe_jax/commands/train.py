@@ -10,7 +10,8 @@ def add(commands) -> None:
                         overrides=True)
     add_workdir(train)
     add_devices(train)
-    train.add_argument("--config", required=True, help="a config file, e.g. configs/openmoe_tiny.py")
+    train.add_argument("--config", required=True, help="a config file, e.g. configs/openmoe_tiny.py, or a model by family "
+                       "and size, e.g. mixtral:tiny")
     train.add_argument("--allow-config-change", action="store_true",
                        help="continue a run directory that was started with other settings")
 

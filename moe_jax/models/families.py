@@ -2,7 +2,8 @@
 
 A family is data. Its row says what all of its models share (``common``), what its published sizes are (``presets``) and what
 a small one looks like that trains on a laptop (``tiny``); a model is ``common`` with a preset over it. How a size was
-trained – batch, optimizer, steps – is the business of ``configs/``, which start from these rows.
+trained – batch, optimizer, steps – is the business of ``configs/``, which start from these rows. Where
+commands take a config, a size without a file there is named: ``--config=mixtral:8x22b``.
 
     from moe_jax import families
     families.config("mixtral", "8x7b")         # a Config
@@ -65,6 +66,40 @@ def settings(family: str, size: str = "tiny") -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{row.title} has no size {size!r}{_near(size, row.presets)}; it has "
                           f"{', '.join([*row.presets, 'tiny'])}.")
     return merged(row.common, row.presets[size].settings)
+
+
+def filled_in(family: str, size: str) -> dict[str, dict[str, Any]]:
+    """What a run or a plan of a published size needs and its row does not say: precision, recomputation, batch, optimizer. They
+    are nobody's figures, only such as models of this kind are trained with; nothing for a tiny size. Raises: as
+    :func:`settings`."""
+    row = settings(family, size)
+    if size == "tiny":
+        return {}
+    model = {"dtype": "bfloat16"}
+    if row["model"].get("architecture") != "lstm":  # whose layers are kept as they are
+        model["remat"] = "block"
+    wanted = {"model": model, "data": {"sequence_length": 4096, "batch_size": 1024}, "optimizer": {"name": "adamw"}}
+    return {section: {name: value for name, value in values.items() if name not in row.get(section, {})}
+            for section, values in wanted.items()}
+
+
+def run_settings(name: str) -> dict[str, dict[str, Any]]:
+    """The settings of a run of ``'mixtral:8x7b'``, family and size, by section: :func:`settings` and :func:`filled_in`.
+
+    Raises:
+      ConfigError: as :func:`settings`.
+    """
+    family, _, size = name.partition(":")
+    try:
+        return merged(settings(family, size), filled_in(family, size))
+    except ConfigError as error:
+        raise ConfigError(f"--config={name}: {error} A model without a config file is named as family:size, e.g. "
+                          f"mixtral:8x7b.") from None
+
+
+def is_name(text: str) -> bool:
+    """Whether it is written like ``'mixtral:8x7b'``, or is a family's name, and not like a file's."""
+    return not text.endswith(".py") and (":" in text or text in FAMILIES)
 
 
 def config(family: str, size: str = "tiny") -> Config:

@@ -114,6 +114,8 @@ class Plan:
         padded buffers too. compiled_flops: as the compiler counts them; None without it.
       kv_cache_bytes: of all chips; 0 in training.
       num_steps: of the configured run.
+      chosen: settings that nobody gave, as one would write them ('--config.model.dtype=bfloat16', '--mesh=fsdp=8,expert=8'): of
+        a model that is planned by its name.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Plan:
     lower_seconds: float | None
     compile_seconds: float | None
     versions: dict[str, Any]
+    chosen: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
