@@ -28,7 +28,8 @@ from moe_jax.data.documents import fingerprint_of
 from moe_jax.data.vocabularies import EOS_ID, PAD_ID, UNKNOWN_ID, Vocabulary
 from moe_jax.errors import UserError
 from moe_jax.models.decoder import Decoder, is_stacked, left_neighbours, moe_layer_paths
-from moe_jax.nn.moe import WITHOUT_DROPS, GroupLayout, MoELayer, RoutingMode
+from moe_jax.nn.groups import GroupLayout
+from moe_jax.nn.moe import WITHOUT_DROPS, MoELayer, RoutingMode
 from moe_jax.routing import ROUTERS
 from moe_jax.routing.assignment import Routing
 from moe_jax.routing.replay import by_token

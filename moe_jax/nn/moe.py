@@ -13,6 +13,7 @@ from moe_jax.dispatch import dispatcher
 from moe_jax.dispatch.grouped_matmul import choose
 from moe_jax.dispatch.placement import round_copies, to_copies
 from moe_jax.nn.experts import Experts
+from moe_jax.nn.groups import GroupLayout
 from moe_jax.nn.initializers import normal
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.zero_experts import ZeroComputationExperts
@@ -227,13 +228,13 @@ class MoELayer(nnx.Module):
             listed_G = over_groups(functools.partial(within_device_budget, moe=moe), listed_G, valid_GT, undropped_GT)
         if moe.second_in_queue and mode.dispatch in WITHOUT_DROPS:  # no buffers, no queues
             listed_G = dataclasses.replace(listed_G, expert_N=jnp.minimum(listed_G.expert_N, moe.num_routed_experts))
-        if moe.renormalize_after_drops:
-            slots = capacity if mode.dispatch not in WITHOUT_DROPS else x_GTD.shape[1]
-            gate_GN = over_groups(functools.partial(shared_among_kept, num_experts=moe.num_experts, capacity=slots,
-                                                    tokens=x_GTD.shape[1]), listed_G)
-            listed_G, routing_G = (dataclasses.replace(each, gate_N=gate_GN) for each in (listed_G, routing_G))
         if moe.expert_copies:
             listed_G = self._to_copies(listed_G)
+        if moe.renormalize_after_drops:  # by the buffers as they are: copies have slots of their own
+            slots = capacity if mode.dispatch not in WITHOUT_DROPS else x_GTD.shape[1]
+            gate_GN = over_groups(functools.partial(shared_among_kept, num_experts=moe.num_copies, capacity=slots,
+                                                    tokens=x_GTD.shape[1]), listed_G)
+            listed_G, routing_G = (dataclasses.replace(each, gate_N=gate_GN) for each in (listed_G, routing_G))
         y_GTD, kept_GN = self._experts(x_GTD, listed_G, dispatcher_of(self.config, mode.dispatch), capacity)
         y_BSD = groups.join(y_GTD)
         if moe.output_dropout:
@@ -456,48 +457,3 @@ def _combine(routing, kept_N, tokens, num_experts):
 
 def _count(expert_N, kept_N, num_experts):
     return jnp.sum((expert_N[:, None] == jnp.arange(num_experts)[None, :]) & kept_N[:, None], axis=0, dtype=jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupLayout:
-    """How ``[B, S]`` tokens become ``[G, T]``: consecutive tokens of one or more sequences, or one position of many.
-
-    The number of groups follows the shape at hand, so that generation (S = 1) and evaluation (another B) work: a group
-    takes as many sequences as the config says, or all that this device has if there are fewer.
-    """
-
-    batch: int
-    length: int
-    config: Config
-
-    def _sizes(self, local_batch: int) -> tuple[int, int]:
-        """Sequences per group and positions per group."""
-        moe = self.config.moe
-        sequences = self.config.sequences_per_group
-        if local_batch % sequences:
-            sequences = local_batch
-        if moe.group_over == "batch":
-            return sequences, 1
-        if moe.group_over == "all":
-            return local_batch, self.length
-        positions = moe.group_size if 0 < moe.group_size < self.length else self.length
-        return sequences, positions if self.length % positions == 0 else self.length
-
-    def split(self, x_BS: jax.Array) -> jax.Array:
-        """``[B, S, ...]`` to ``[G, T, ...]``; every device regroups its own sequences."""
-        def local(x_bs):
-            batch, length, *rest = x_bs.shape
-            sequences, positions = self._sizes(batch)
-            x = x_bs.reshape(batch // sequences, sequences, length // positions, positions, *rest)
-            return jnp.swapaxes(x, 1, 2).reshape(-1, sequences * positions, *rest)
-        return per_device(local, x_BS)
-
-    def join(self, x_GT: jax.Array) -> jax.Array:
-        """``[G, T, ...]`` back to ``[B, S, ...]``."""
-        def local(x_gt):
-            groups, tokens, *rest = x_gt.shape
-            batch = groups * tokens // self.length
-            sequences, positions = self._sizes(batch)
-            x = x_gt.reshape(batch // sequences, self.length // positions, sequences, positions, *rest)
-            return jnp.swapaxes(x, 1, 2).reshape(batch, self.length, *rest)
-        return per_device(local, x_GT)

@@ -10,7 +10,8 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.models.decoder import of_stacks
-from moe_jax.nn.moe import GroupLayout, RoutingMode
+from moe_jax.nn.groups import GroupLayout
+from moe_jax.nn.moe import RoutingMode
 from moe_jax.sharding import batch_sharding, compiler_options, local_rows, over_groups
 from moe_jax.training import processes
 from moe_jax.training.losses import cross_entropy
