@@ -204,6 +204,7 @@ class Decoder(Stack):
     def _further(self, x_BSD, next_ids_BS, inputs, mode, bias_LE, key, in_prefix_BS):
         """Logits ``[B, S, V]`` of each depth of multi-token prediction, and its statistics."""
         logits, statistics, config = [], [], self.config
+        inputs = self.with_relative_bias(inputs)
         ids_BS, segment_ids_BS, present_valid_BS = inputs.token_ids_BS, inputs.segment_ids_BS, inputs.valid_BS
         for depth, module in enumerate(self.mtp, start=1):
             previous_ids_BS, ids_BS = ids_BS, ahead(next_ids_BS, depth - 1)
@@ -246,5 +247,3 @@ def undropped(config: Config, valid_BS: jax.Array, mode: RoutingMode, key: jax.A
     number = max(config.model.num_layers, config.model.encoder_layers)
     chance_B = jax.random.uniform(jax.random.fold_in(key, number), valid_BS.shape[:1])
     return valid_BS & jax.reshard(chance_B < config.moe.undropped_sequences, spec("B", ACTIVATIONS))[:, None]
-
-

@@ -1,7 +1,5 @@
 """The language model of Shazeer et al. 2017 (appendix C): embedding, LSTM, mixture of experts, LSTM, softmax."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

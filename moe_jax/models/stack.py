@@ -203,10 +203,7 @@ class Stack(nnx.Module):
           The stream [B, S, D], the cache with this call's tokens in it, statistics that lead with L (None if dense), and for
           ``mode.trace`` the stream behind each layer, [L, B, S, D], with L all layers of the stack.
         """
-        if self.config.attention.positions == "relative":
-            bias_BHST = relative_bias(self.relative_bias_XH[...], x_BSD.shape[1], inputs.mask_BST.shape[2], inputs.index,
-                                      self.config.attention, self.both_sides)
-            inputs = dataclasses.replace(inputs, bias_BHST=bias_BHST)
+        inputs = self.with_relative_bias(inputs)
         prefix, period, repeats = self.pattern
         run = Runner(self.config, inputs, mode, bias_LE, keys, replay_LBSK)
         caches = cache if cache is not None else run.no_cache(prefix, period, repeats, len(self.last))
@@ -227,6 +224,14 @@ class Stack(nnx.Module):
             streams.append(stream)
         new_cache = {"first": new_first, "body": body, "last": new_last} if cache is not None else None
         return x_BSD, new_cache, concatenated(statistics), jnp.concatenate(streams) if mode.trace else None
+
+    def with_relative_bias(self, inputs: "Inputs") -> "Inputs":
+        """With the bias of relative positions, if the stack has them."""
+        if self.config.attention.positions != "relative":
+            return inputs
+        queries, keys = inputs.mask_BST.shape[1:]
+        bias_BHST = relative_bias(self.relative_bias_XH[...], queries, keys, inputs.index, self.config.attention, self.both_sides)
+        return dataclasses.replace(inputs, bias_BHST=bias_BHST)
 
     def empty_cache(self, batch: int, slots: int, given: int = 0) -> dict[str, Any]:
         """What the layers keep of ``slots`` tokens, and of ``given`` ones of an encoder, zeros, on the mesh in context."""

@@ -43,13 +43,13 @@ def written(cache: jax.Array, new: jax.Array, index: jax.Array | int, is_ring: b
 
 
 def shown_tokens(size: int, length: int, index: jax.Array | int) -> jax.Array:
-    """The tokens, ``[T]``, whose keys the queries of tokens ``index`` … ``index + length − 1`` are shown from a ring of ``size``
-    slots; below 0: none. Several at once are shown what the ring held before them and their own keys."""
+    """The tokens, ``[T]``, whose keys the queries of tokens ``index`` … ``index + length − 1`` are shown by :func:`written` from a
+    ring of ``size`` slots; below 0: none. Several at once are shown what the ring held before them and their own keys."""
+    if length == 1:
+        return _ring_tokens(index, size)
     own_S = index + jnp.arange(length)
     if _is_start(index):
         return own_S
-    if length == 1:
-        return _ring_tokens(index, size)
     return jnp.concatenate([_ring_tokens(index - 1, size), own_S])
 
 

@@ -1,7 +1,5 @@
 """A long short-term memory layer (Hochreiter & Schmidhuber 1997, with forget gates), over packed documents."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
