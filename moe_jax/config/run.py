@@ -86,6 +86,8 @@ class Config:
         require(model.rope_theta == ModelConfig.rope_theta or attention.positions == "rotary", "model.rope_theta",
                 model.rope_theta, f"has no effect with attention.positions={attention.positions!r}; set it to "
                 f"{ModelConfig.rope_theta}.")
+        require(attention.positions != "sinusoidal" or model.d_model > 3, "model.d_model", model.d_model,
+                "has no room for two frequencies of attention.positions='sinusoidal'; set it to 4 or more.")
         limited = any(layer.span != "full" for layer in attention.pattern)
         require(self.data.prefix_attention == "causal" or not limited, "attention.layers", attention.layers,
                 "sliding and chunked layers look back only, but data.prefix_attention='bidirectional'; set it to 'full', or "
@@ -135,6 +137,7 @@ class Config:
             explicit, count = moe.explicit_layers(field), getattr(self.model, total)
             require(not explicit or explicit[-1] < count, f"moe.{field}", getattr(moe, field),
                     f"names layer {explicit and explicit[-1]}, but model.{total}={count}; the last is {count - 1}.")
+        self._check_rule()
         if moe.layers:
             require(len(self.moe_layers) > 0, "moe.layers", moe.layers, "leaves no MoE layer; name one, or set moe.num_experts=0 "
                     "for a dense model.")
@@ -143,6 +146,16 @@ class Config:
                 f"gives no MoE layer among model.num_layers={self.model.num_layers}; set moe.every to at most "
                 f"{self.model.num_layers}, or moe.num_experts=0 for a dense model.")
         self._check_first_dense_layers()
+
+    def _check_rule(self):
+        """Refuses moe.every, moe.first and moe.first_dense_layers where all MoE layers are named."""
+        moe = self.moe
+        if not moe.layers or self.model.encoder_layers and not moe.encoder_layers:
+            return
+        for field in ("every", "first", "first_dense_layers"):
+            value, default = getattr(moe, field), getattr(MoEConfig, field)
+            require(value == default, f"moe.{field}", value, f"has no effect beside moe.layers={moe.layers!r}, which names the MoE "
+                    f"layers one by one; set it to {default!r}, or moe.layers=''.")
 
     def _check_first_dense_layers(self):
         moe, leading = self.moe, self.moe.first_dense_layers
