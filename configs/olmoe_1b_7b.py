@@ -1,9 +1,9 @@
 """OLMoE-1B-7B (Muennighoff et al. 2024, arXiv:2409.02060): 6.92 B parameters, 1.28 B active per token.
 
-As published: every dimension, norms of queries and keys, 64 experts in every layer, top-8 by softmax without renormalisation, nothing dropped,
-balancing 0.01, router z loss 1e-3 (MegaBlocks divides it by 8), standard deviation 0.02 at the start, vocabulary, untied
-output layer, AdamW from 4e-4 to 4e-5, about 4 M tokens per batch, 5.1 T tokens. As there, parameters are sharded and
-gathered (fsdp) and no token travels: mesh.expert is 1.
+As published: every dimension, norms of queries and keys, 64 experts in every layer, top-8 by softmax without renormalisation,
+nothing dropped, balancing 0.01, router z loss 1e-3 (MegaBlocks divides it by 8), standard deviation 0.02 at the start,
+vocabulary, untied output layer, AdamW from 4e-4 to 4e-5, about 4 M tokens per batch, 5.1 T tokens. As there, parameters
+are sharded and gathered (fsdp) and no token travels: mesh.expert is 1.
 
 Norm scales are spared weight decay here.
 

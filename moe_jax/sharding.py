@@ -125,8 +125,8 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             f"legal data.batch_size: {nearest_multiples(config.data.batch_size, token_shards * config.training.microbatches)}.")
     sequences = config.sequences_per_group
     if config.moe_layers and config.moe.group_over == "all" and token_shards > 1:
-        raise ConfigError(f"moe.group_over='all': all tokens of a microbatch are one group, which lies on one device, but data x fsdp "
-                          f"x expert = {token_shards} share them; set mesh.data=1, mesh.fsdp=1 and mesh.expert=1, or another "
+        raise ConfigError(f"moe.group_over='all': all tokens of a microbatch are one group, which lies on one device, but data x "
+                          f"fsdp x expert = {token_shards} share them; set mesh.data=1, mesh.fsdp=1 and mesh.expert=1, or another "
                           f"moe.group_over.")
     if not config.moe.is_dense and (microbatch // token_shards) % sequences:
         raise ConfigError(
@@ -308,7 +308,8 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[slice]:
 
 # Small parameters every device needs whole.
 REPLICATED_PARAMETERS = ("w_router_DE", "w_router_noise_DE", "w_router_group_DX", "w_router_group_noise_DX", "w_constant_DJA",
-                         "constant_JD", "w_value_D", "b_value", "scale_D", "scale_R", "bias_D", "copies_EJ", "b_router_E", "w_shared_gate_D")
+                         "constant_JD", "w_value_D", "b_value", "scale_D", "scale_R", "bias_D", "copies_EJ",
+                         "b_router_E", "w_shared_gate_D")
 
 
 def parameter_spec(name: str, dimensions: int) -> P:

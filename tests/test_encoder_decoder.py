@@ -327,7 +327,8 @@ def test_prefill_and_decoding_give_the_logits_of_the_full_forward_pass(config):
     with jax.set_mesh(tiny.ONE):
         here = put_batch(batch, tiny.ONE)
         params = tiny.placed(params, tiny.ONE)
-        first, written = read(params, here["input_ids"][:, :4], here["valid"][:, :4], (here["encoder_input_ids"], here["encoder_valid"]))
+        first, written = read(params, here["input_ids"][:, :4], here["valid"][:, :4],
+                              (here["encoder_input_ids"], here["encoder_valid"]))
         found = [np.asarray(first)]
         for i in range(4, 12):
             logits_BV, written = write(params, written, here["input_ids"][:, i], i)

@@ -1,6 +1,5 @@
 """The LSTM language model of Shazeer et al. 2017, against a NumPy one that reads token by token, in fp64."""
 
-import dataclasses
 import functools
 
 import jax
@@ -15,7 +14,6 @@ from moe_jax.config import Config, ConfigError, MoEConfig, ModelConfig, resolve
 from moe_jax.inference.generate import Sampling, decode, generate, prefill
 from moe_jax.models.lstm import dropout
 from moe_jax.nn.lstm import LSTM
-from moe_jax.nn.moe import RoutingMode
 from moe_jax.sharding import TOKEN_AXES, resolve_mesh
 from moe_jax.training.flops import count_parameters, forward_flops_per_token
 from moe_jax.training.state import initial_params, new_state
@@ -427,7 +425,8 @@ def test_plans_refuse_it(moe_jax):
 def test_the_tiny_configs_learn_on_eight_devices(name, tmp_path):
     from running import REPOSITORY
     code = run_here("train", f"--config={REPOSITORY / 'configs' / name}.py", f"--workdir={tmp_path}",
-                    "--config.training.num_steps=20", "--config.optimizer.warmup_steps=5", "--config.data.sequence_length=32", "--config.data.batch_size=8",
+                    "--config.training.num_steps=20", "--config.optimizer.warmup_steps=5",
+                    "--config.data.sequence_length=32", "--config.data.batch_size=8",
                     "--config.data.source=synthetic", "--config.data.max_bytes=100000", "--config.training.eval_batches=2",
                     "--config.training.sample_length=0", "--config.moe.eval_dispatch=reference", devices=8)
     assert code == 0

@@ -146,7 +146,8 @@ def test_the_gradients_do_not_know_the_mesh():
     (dict(moe_activation_limit=3.0), r"moe.activation_limit=3.0: is read by moe.activation='swiglu_clamped' only"),
     (dict(moe_activation_alpha=1.0), r"moe.activation_alpha=1.0: is read by moe.activation='swiglu_clamped' only"),
     (dict(moe_activation="swiglu_clamped", moe_activation_limit=0.0), r"moe.activation_limit=0.0: must be above 0"),
-    (dict(moe_router="hash", moe_experts_per_token=1, moe_router_bias=True), r"moe.router_bias=True: .* moe.router='hash' has none"),
+    (dict(moe_router="hash", moe_experts_per_token=1, moe_router_bias=True),
+     r"moe.router_bias=True: .* moe.router='hash' has none"),
 ])
 def test_options_that_could_not_act_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):

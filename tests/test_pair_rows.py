@@ -71,7 +71,8 @@ def test_one_example_is_that_of_encoder_decoder_batch(tmp_path):
     batches = batches_of(tmp_path, batch_size=1, sequence_length=40, target_length=24)
     first = next(step for step in range(50) if batches.batch(step)["segment_ids"].max() == 1)
     batch = batches.batch(first)
-    inputs, targets = (batch[name][0][batch[valid][0]] for name, valid in (("encoder_input_ids", "encoder_valid"), ("target_ids", "valid")))
+    inputs, targets = (batch[name][0][batch[valid][0]] for name, valid in (("encoder_input_ids", "encoder_valid"),
+                                                                           ("target_ids", "valid")))
     expected = encoder_decoder_batch([(inputs[:-1], targets[:-1])], 40, 24)
     for ours, theirs in (("encoder_input_ids", "encoder_input_ids"), ("encoder_valid", "encoder_valid"), ("valid", "decoder_valid"),
                          ("target_ids", "decoder_target_ids"), ("input_ids", "decoder_input_ids")):
@@ -112,7 +113,8 @@ def test_the_longest_pair_fits_and_one_token_more_does_not(denoiser, inputs_room
     assert len(inputs) <= inputs_room and len(targets) <= targets_room and len(targets) >= 2
     if denoiser.mean_span and length < most:
         assert not recipe.fits(length + 1, inputs_room, targets_room)
-        longer = span_corruption(np.arange(10, 11 + length), denoiser.rate, denoiser.mean_span, VOCABULARY.vocab_size - 1, seeded_bits(seed))
+        longer = span_corruption(np.arange(10, 11 + length), denoiser.rate, denoiser.mean_span, VOCABULARY.vocab_size - 1,
+                                 seeded_bits(seed))
         assert len(longer[0]) + 3 > inputs_room or len(longer[1]) + 1 > targets_room
 
 

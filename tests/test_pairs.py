@@ -1,4 +1,4 @@
-"""Checkpoints of encoder–decoders: what their settings say and leave unsaid, there and back; against stored outputs, all of them."""
+"""Checkpoints of encoder–decoders: what their settings say and leave unsaid, there and back; against all stored outputs."""
 
 import json
 from pathlib import Path

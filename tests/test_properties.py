@@ -14,7 +14,7 @@ import pytest
 import tiny
 from every_router import (
     D, E, FEW, G, LEARNED, OUTPUTS, T, VARIANTS, awkward, kept_of, lists_of, moved, noisy_logits, numpy_choice, numpy_gates,
-    numpy_scores, problem, pulled, routed, variants, with_previous)
+    numpy_scores, problem, pulled, routed, with_previous)
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,5 @@
-"""Imported checkpoints beside what transformers computes with them (shared/oracles/hf): logits, layers, routing, losses, gradients."""
+"""Imported checkpoints beside what transformers computes with them (shared/oracles/hf): logits, layers, routing, losses and
+gradients."""
 
 import argparse
 import json

@@ -301,9 +301,9 @@ def check_recordable(config: Config) -> None:
         raise RecordError("The model is dense: it has no router, so there is no routing to analyse. Give a run with "
                           "moe.num_experts above 0")
     if config.model.encoder_layers:
-        raise RecordError(f"model.encoder_layers={config.model.encoder_layers}: a record has one text, which all layers route, and an "
-                          f"encoder's layers route another than its decoder's; routing is recorded of decoders only. The run's own "
-                          f"report shows loads and drops of both")
+        raise RecordError(f"model.encoder_layers={config.model.encoder_layers}: a record has one text, which all layers route, and "
+                          f"an encoder's layers route another than its decoder's; routing is recorded of decoders only. The run's "
+                          f"own report shows loads and drops of both")
     if jax.process_count() > 1:
         raise RecordError(f"Routing is recorded by one process, not by {jax.process_count()}: each has only its rows. Run "
                           f"this command alone, on one host that the model fits on")

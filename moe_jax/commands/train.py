@@ -21,7 +21,8 @@ def run(arguments, overrides) -> int:
 
     config = load_config(arguments.config, overrides)
     from moe_jax.training import processes
-    from moe_jax.training.loop import Interrupted, train
+    from moe_jax.training.loop import train
+    from moe_jax.training.signals import Interrupted
     from moe_jax.training.run import check_config_matches_mesh
     import jax
 

@@ -154,8 +154,8 @@ class Config:
             return
         for field in ("every", "first", "first_dense_layers"):
             value, default = getattr(moe, field), getattr(MoEConfig, field)
-            require(value == default, f"moe.{field}", value, f"has no effect beside moe.layers={moe.layers!r}, which names the MoE "
-                    f"layers one by one; set it to {default!r}, or moe.layers=''.")
+            require(value == default, f"moe.{field}", value, f"has no effect beside moe.layers={moe.layers!r}, which names the "
+                    f"MoE layers one by one; set it to {default!r}, or moe.layers=''.")
 
     def _check_first_dense_layers(self):
         moe, leading = self.moe, self.moe.first_dense_layers

@@ -1,4 +1,6 @@
-"""The sections of a config but ``moe`` and ``attention``: frozen dataclasses that check themselves. Field comments: ``configs/base.py``."""
+"""The sections of a config but ``moe`` and ``attention``: frozen dataclasses that check themselves.
+
+Field comments: ``configs/base.py``."""
 
 import dataclasses
 

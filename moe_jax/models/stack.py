@@ -230,8 +230,8 @@ class Stack(nnx.Module):
         if self.config.attention.positions != "relative":
             return inputs
         queries, keys = inputs.mask_BST.shape[1:]
-        bias_BHST = relative_bias(self.relative_bias_XH[...], queries, keys, inputs.index, self.config.attention, self.both_sides)
-        return dataclasses.replace(inputs, bias_BHST=bias_BHST)
+        return dataclasses.replace(inputs, bias_BHST=relative_bias(self.relative_bias_XH[...], queries, keys, inputs.index,
+                                                                   self.config.attention, self.both_sides))
 
     def empty_cache(self, batch: int, slots: int, given: int = 0) -> dict[str, Any]:
         """What the layers keep of ``slots`` tokens, and of ``given`` ones of an encoder, zeros, on the mesh in context."""

@@ -43,7 +43,7 @@ def written(cache: jax.Array, new: jax.Array, index: jax.Array | int, is_ring: b
 
 
 def shown_tokens(size: int, length: int, index: jax.Array | int) -> jax.Array:
-    """The tokens, ``[T]``, whose keys the queries of tokens ``index`` … ``index + length − 1`` are shown by :func:`written` from a
+    """The tokens, ``[T]``, whose keys :func:`written` shows to the queries of tokens ``index`` … ``index + length − 1``, of a
     ring of ``size`` slots; below 0: none. Several at once are shown what the ring held before them and their own keys."""
     if length == 1:
         return _ring_tokens(index, size)

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Callable
 
 from moe_jax.config import ConfigError, MoEConfig
-from moe_jax.routing.assignment import RouterInputs, Routing, assign_slots, expert_capacity
+from moe_jax.routing.assignment import RouterInputs, Routing, expert_capacity
 from moe_jax.routing.debug import (
     all_experts, all_experts_capacity, all_experts_is_causal, check_all_experts, check_round_robin, round_robin,
     round_robin_is_causal)
@@ -109,7 +109,8 @@ ROUTERS: dict[str, Router] = {
 
 def has_fixed_choices(moe: MoEConfig) -> bool:
     """Whether every valid token makes exactly ``moe.experts_per_token`` choices."""
-    return ROUTERS[moe.router].fixed_choices and moe.second_policy == "all" and moe.padding not in ("takes_slots", "routed", "as_text")
+    without_padding = moe.padding in ("nowhere", "in_means")
+    return ROUTERS[moe.router].fixed_choices and moe.second_policy == "all" and without_padding
 
 
 def check_router(moe: MoEConfig, in_decoder: bool = True) -> None:
@@ -130,8 +131,8 @@ def check_router(moe: MoEConfig, in_decoder: bool = True) -> None:
         raise ConfigError(f"moe.router_bias=True: is added to the router's logits, and moe.router={moe.router!r} has none; set it "
                           f"to False, or another router.")
     if moe.capacity_counts == "group" and router.capacity is not _capacity:
-        raise ConfigError(f"moe.capacity_counts='group': a share of the group's tokens is what choices of tokens have slots of, and with "
-                          f"moe.router={moe.router!r} experts choose; set it to 'choices' or 'tokens'.")
+        raise ConfigError(f"moe.capacity_counts='group': a share of the group's tokens is what choices of tokens have slots of, and "
+                          f"with moe.router={moe.router!r} experts choose; set it to 'choices' or 'tokens'.")
     router.check(moe)
     _check_slots(moe)
     if moe.allow_noncausal_routing or not in_decoder or router.is_causal(moe):
