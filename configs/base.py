@@ -55,7 +55,8 @@ def get_config() -> ConfigDict:
                                       # "chunked,chunked,chunked,full:nope" (Llama-4): docs/conventions.md
     attention.window = 0              # tokens that a query of a sliding layer sees, itself included
     attention.chunk = 0               # chunked layers see their own so many positions of the text, counted from 0
-    attention.bias = "none"           # none, qkv (Qwen2), all: also of the output (GPT-OSS)
+    attention.bias = "none"           # none, qkv (Qwen2), all: also of the output (GPT-OSS); kind="latent": of the latents, the
+                                      # shared key and the output
     attention.sinks = False           # a learned logit per head takes part in the softmax and has no value (GPT-OSS)
     attention.clip_qkv = 0.0          # queries, keys and values are cut to ±this, after qk_norm; 0 = off (OLMoE)
     attention.qk_norm = "none"        # RMSNorm of queries and keys: head (each alone: Qwen3), all_heads (together: OLMoE),
@@ -63,9 +64,9 @@ def get_config() -> ConfigDict:
     attention.positions = "rotary"    # rotary, relative (T5), sinusoidal (added to the embeddings: NLLB), none
     attention.rope_pairs = "half"     # dimension i is paired with i + d/2, or interleaved: with its neighbour (Llama-4,
                                       # DeepSeek-V2, V3)
-    attention.rope_scaling = "none"   # of the rotary frequencies, for longer texts: llama3, yarn (GPT-OSS, DeepSeek)
+    attention.rope_scaling = "none"   # of the rotary frequencies, for longer texts: linear, llama3, yarn (GPT-OSS, DeepSeek)
     attention.rope_factor = 1.0       # … how many times longer
-    attention.rope_original_length = 0  # … than this many tokens
+    attention.rope_original_length = 0  # … than this many tokens (not of linear)
     attention.rope_low_factor = 1.0   # llama3: waves longer than rope_original_length / this are stretched whole
     attention.rope_high_factor = 4.0  # … shorter than rope_original_length / this not at all
     attention.rope_beta_fast = 32.0   # yarn: dimensions with more turns than this in the original length stay as they are
@@ -210,6 +211,8 @@ def get_config() -> ConfigDict:
     moe.policy_baseline_weight = 0.01 # of the learned baseline's squared error; it trains that head alone
     moe.policy_baseline_decay = 0.99  # of the running mean, per step
     moe.allow_noncausal_routing = False  # let a decoder train with a router that sees later tokens
+    moe.allow_untrained_router = False  # of imported checkpoints: one expert per token with a gate of 1, whose router gets no gradient
+                                      # from the task; such a model is evaluated and generates, training refuses it
 
     config.data = data = ConfigDict()
     data.source = "standard_library"  # standard_library, synthetic, files:<folder or glob>, tfds:<name>, seqio:<name>

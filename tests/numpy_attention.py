@@ -15,6 +15,8 @@ def frequencies(width, model, attention):
     plain = [theta ** (-2 * i / width) for i in range(width // 2)]
     if attention.rope_scaling == "none":
         return plain, 1.0
+    if attention.rope_scaling == "linear":
+        return [frequency / factor for frequency in plain], 1.0
     if attention.rope_scaling == "llama3":
         low, high, found = attention.rope_low_factor, attention.rope_high_factor, []
         for frequency in plain:
@@ -118,13 +120,13 @@ def heads_of(parameters, model, attention, layer, x_SD, position_S):
 
 def latents_of(parameters, model, attention, layer, x_SD, position_S):
     if attention.query_rank:
-        latent_SR = rms_norm(x_SD @ parameters["w_query_DR"], parameters["query_norm.scale_R"], 1e-6)
+        latent_SR = rms_norm(x_SD @ parameters["w_query_DR"] + parameters.get("b_query_R", 0), parameters["query_norm.scale_R"], 1e-6)
         query_SHd = np.einsum("SR,RHd->SHd", latent_SR, parameters["w_query_RHd"])
     else:
         query_SHd = np.einsum("SD,DHd->SHd", x_SD, parameters["w_query_DHd"])
-    latent_SR = rms_norm(x_SD @ parameters["w_latent_DR"], parameters["latent_norm.scale_R"], 1e-6)
+    latent_SR = rms_norm(x_SD @ parameters["w_latent_DR"] + parameters.get("b_latent_R", 0), parameters["latent_norm.scale_R"], 1e-6)
     value_SHd = np.einsum("SR,RHd->SHd", latent_SR, parameters["w_value_RHd"])
-    shared_Sd = x_SD @ parameters["w_key_rope_Dd"]
+    shared_Sd = x_SD @ parameters["w_key_rope_Dd"] + parameters.get("b_key_rope_d", 0)
     plain = model.head_dim - attention.rope_dim
     if layer.rotated:
         shared_Sd = rotated(shared_Sd, position_S, model, attention)

@@ -14,6 +14,7 @@ from numpy_attention import attention_layer
 
 from moe_jax.inference.generate import decode, lowered, prefill
 from moe_jax.models.decoder import Decoder, attention_mask, limited_masks
+from moe_jax.nn import cache as caches
 from moe_jax.nn.attention import Attention
 from moe_jax.nn.latent_attention import LatentAttention
 from moe_jax.planning.formulas import estimate
@@ -182,7 +183,17 @@ def test_a_call_of_several_tokens_behind_others_sees_what_the_ring_held():
     np.testing.assert_allclose(parts_BSD, whole_BSD, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["plain", "Llama-4", "GPT-OSS", "DeepSeek-V3", "latents with sinks, in windows and without positions"])
+@pytest.mark.parametrize("length, index", [(1, 0), (3, 0), (6, 0), (1, 7), (3, 7), (6, 2)])
+def test_the_tokens_named_are_those_whose_keys_are_shown(length, index):
+    """A ring of four slots; a token's key is its number."""
+    ring_BR = jnp.full((1, 4), -1.0)
+    for token in range(index):
+        ring_BR, _ = caches.written(ring_BR, jnp.full((1, 1), token), token, True)
+    _, shown_BT = caches.written(ring_BR, index + jnp.arange(length)[None], index, True)
+    np.testing.assert_array_equal(shown_BT[0], np.maximum(caches.shown_tokens(4, length, index), -1))
+
+
+@pytest.mark.parametrize("name", ["plain", "Llama-4", "GPT-OSS", "DeepSeek-V3", "latents with biases and sinks, in windows and without positions"])
 def test_a_cache_holds_what_the_planner_counts(name):
     """Windows and chunks no more than themselves, latents one vector and one key per token."""
     config = model_config(name, model_vocab_size=tiny.VOCAB, data_sequence_length=12, data_batch_size=4)
@@ -191,7 +202,7 @@ def test_a_cache_holds_what_the_planner_counts(name):
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert estimate(config, parse_slice("v5e-1"), dict.fromkeys(AXES, 1), "decode").kv_cache_bytes == held
     per_token = 2 * 2 * config.model.head_dim if config.attention.kind == "heads" else 6 + 4
-    if name in ("GPT-OSS", "latents with sinks, in windows and without positions", "DeepSeek-V3"):
+    if name in ("GPT-OSS", "latents with biases and sinks, in windows and without positions", "DeepSeek-V3"):
         slots = {"GPT-OSS": 4 + 12, "DeepSeek-V3": 12 + 12}.get(name, 3 + 5)
         assert held == 4 * slots * per_token * 4
 

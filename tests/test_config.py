@@ -29,6 +29,7 @@ from moe_jax.config import (
     with_defaults,
 )
 from moe_jax.sharding import resolve_mesh
+from moe_jax.training.step import check_trainable
 
 BASE = Path(__file__).parents[1] / "configs" / "base.py"
 
@@ -153,6 +154,11 @@ def test_b23_one_expert_per_token_refuses_normalised_gates(options, words):
     message = refusal(moe(**options))
     assert all(word in message for word in words), message
     resolve(moe(**{**options, "experts_per_token": 2}))
+    imported = resolve(moe(**options, allow_untrained_router=True))
+    with pytest.raises(ConfigError, match="moe.allow_untrained_router=True: with one expert .* To train it, let gates be scores"):
+        check_trainable(imported)
+    for other in (dict(options, experts_per_token=2), dict(experts_per_token=1), dict(EXPERT_CHOICE)):
+        assert refusal(moe(**other, allow_untrained_router=True)).startswith("moe.allow_untrained_router=True: ")
 
 
 def test_renormalize_is_refused_where_it_has_no_effect():
@@ -275,6 +281,10 @@ def test_the_encoders_moe_layers_follow_the_same_rule_or_are_named():
     encoder = Config(model, MoEConfig(layers="none", fill_order="batch_prioritized"), data)
     assert encoder.decoder_moe_layers == () and encoder.encoder_moe_layers == (1, 3)  # which may look ahead
     assert Config(model, MoEConfig(encoder_layers="none"), data).encoder_moe_layers == ()
+    mixed = Config(model, MoEConfig(layers="0", every=4), data)
+    assert mixed.moe_layers == (3, 4)  # the rule is the encoder's, the list the decoder's
+    with pytest.raises(ConfigError, match="moe.every=4: has no effect beside moe.layers='0'"):
+        Config(model, MoEConfig(layers="0", encoder_layers="1", every=4), data)
     for moe in (MoEConfig(layers="none", encoder_layers="none"), MoEConfig(layers="none", encoder_layers="4")):
         with pytest.raises(ConfigError, match="moe.layers='none': leaves no MoE layer|moe.encoder_layers='4': names layer 4"):
             Config(model, moe, data)
@@ -515,6 +525,7 @@ def test_attention_that_cannot_be_or_would_not_act_is_refused(attention, words):
      ["model.num_kv_heads=2", "share one latent", "model.num_heads=4"]),
     ({"model": {"rope_theta": 5.0}, "attention": {"positions": "none"}}, ["model.rope_theta=5.0", "has no effect"]),
     ({"model": {"head_dim": 7}}, ["model.head_dim=7", "even", "6, 8"]),
+    ({"model": {"d_model": 3}, "attention": {"positions": "sinusoidal"}}, ["model.d_model=3", "set it to 4 or more"]),
     ({"model": {"scaled_tied_logits": False}}, ["model.scaled_tied_logits=False", "model.tie_embedding=True"]),
     ({"model": {"mlp_bias": True}, "moe": {"every": 1}}, ["model.mlp_bias=True", "moe.expert_bias"]),
     ({"model": {"norm": "batch"}}, ["model.norm='batch'", "'rms', 'layer'"]),

@@ -1,5 +1,6 @@
 """Checkpoints to run directories and back: bit by bit, for every family and options of all kinds; and what is refused."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from moe_jax.interop.safetensors_files import INDEX, Writer, read_folder, read_h
 from moe_jax.interop.settings import InteropError
 from moe_jax.training.run import RunError
 from moe_jax.training.slices import SliceReader, SliceWriter, chunk_shape
+from moe_jax.training.step import check_trainable
 
 needs_oracles = pytest.mark.skipif(not checkpoints.FOLDER.exists(), reason=f"no {checkpoints.FOLDER}")
 
@@ -115,7 +117,7 @@ def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_left(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (dict(model_type="gpt2"), "model_type='gpt2'.* not supported; supported are Mixtral .*deepseek_v3.*gpt_oss"),
     (dict(hidden_act="tanh"), "hidden_act='tanh' has no gated counterpart"),
-    (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "is of the kind 'longrope'; supported: 'default', 'llama3', 'yarn'"),
+    (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "is of the kind 'longrope'; supported: 'default', 'linear', 'llama3', 'yarn'"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 rotates a part"),
     (dict(num_hidden_layers=None), "num_hidden_layers is missing"),
     (dict(num_local_experts=0), "num_local_experts is 0; it must be a whole number"),
@@ -127,7 +129,6 @@ def test_settings_without_counterpart_are_refused(change, message):
 
 
 @pytest.mark.parametrize("name, change, message", [
-    ("deepseek_v3", dict(attention_bias=True), "attention_bias=True gives latent attention biases"),
     ("deepseek_v3", dict(scoring_func="softmax"), "scoring_func='softmax' is not how"),
     ("deepseek_v2", dict(topk_method="noaux_tc"), "topk_method='noaux_tc' is not how"),
     ("qwen2", dict(layer_types=["linear_attention"] * 3), "linear_attention is not known here"),
@@ -136,6 +137,19 @@ def test_settings_without_counterpart_are_refused(change, message):
 def test_options_of_families_without_counterpart_are_refused(name, change, message):
     with pytest.raises(InteropError, match=message):
         to_config(checkpoints.settings(name, **change))
+
+
+@pytest.mark.parametrize("name, change, acts", [
+    ("mixtral", {}, True), ("gpt_oss", {}, True), ("qwen3", dict(norm_topk_prob=True), True), ("qwen3", {}, False),
+    ("deepseek_v3", dict(norm_topk_prob=True), True), ("deepseek_v3", {}, False), ("llama4", {}, False),
+    ("deepseek_v1", dict(norm_topk_prob=True), False),  # its code normalises several gates only
+], ids=str)
+def test_one_expert_with_a_gate_of_1_can_be_imported_and_is_not_trained(name, change, acts):
+    config = to_config(checkpoints.settings(name, num_experts_per_tok=1, **change))[1]
+    assert config.moe.allow_untrained_router == acts
+    assert (config.moe.renormalize or config.moe.gate_order == "top_k_then_softmax") == acts
+    with pytest.raises(ConfigError, match="moe.allow_untrained_router=True: .* no gradient") if acts else contextlib.nullcontext():
+        check_trainable(config)
 
 
 def test_unknown_settings_are_named_in_a_warning(caplog):
@@ -253,7 +267,7 @@ def test_mxfp4_by_hand():
 def _fp8(folder: Path, settings: dict, block: tuple[int, int]) -> None:
     """Rewrites a checkpoint's matrices of layers in FP8."""
     tensors = {name: entry.read() for name, entry in read_header(folder / "model.safetensors").items()}
-    for name in [name for name in tensors if "_proj" in name]:
+    for name in [name for name in tensors if name.endswith("_proj.weight") or "_proj_with_mqa.weight" in name]:
         tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
         grid = [-(-size // width) for size, width in zip(tensors[name].shape, block)]
         tensors[name + "_scale_inv"] = np.random.default_rng(1).uniform(0.5, 2, grid).astype(np.float32)

@@ -8,6 +8,7 @@ from moe_jax.config.checks import at_least, choice, nearest_multiples, require
 SPANS = ("full", "sliding", "chunked")
 
 _ROPE_SCALING = {
+    "linear": (),
     "llama3": ("rope_low_factor", "rope_high_factor"),
     "yarn": ("rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_mscale", "rope_mscale_all_dim",
              "rope_attention_factor"),
@@ -111,12 +112,12 @@ class AttentionConfig:
 
     def _check_scaling(self):
         scaling = self.rope_scaling
-        for field in ("rope_factor", "rope_original_length"):
-            self._unused(field, scaling != "none", "attention.rope_scaling")
+        self._unused("rope_factor", scaling != "none", "attention.rope_scaling")
+        self._unused("rope_original_length", scaling not in ("none", "linear"), "attention.rope_scaling='llama3' or 'yarn'")
         for name, fields in _ROPE_SCALING.items():
             for field in fields:
                 self._unused(field, scaling == name, f"attention.rope_scaling={name!r}")
-        if scaling == "none":
+        if scaling in ("none", "linear"):
             return
         require(self.rope_original_length > 0, "attention.rope_original_length", self.rope_original_length,
                 f"attention.rope_scaling={scaling!r} needs the length, in tokens, that the model was trained with before.")
@@ -138,7 +139,9 @@ class AttentionConfig:
                 f"{nearest_multiples(self.rope_dim, 2)}.")
         require(self.positions == "rotary", "attention.positions", self.positions,
                 "attention.kind='latent' has one rotary key for all heads; set it to 'rotary'.")
-        for field, why in (("bias", "has no biases"), ("qk_norm", "has norms of its own, on the latents"),
+        require(self.bias != "qkv", "attention.bias", self.bias, "attention.kind='latent' has no biases of values; set it to 'all' "
+                "(of latents, the shared key and the output), or 'none'.")
+        for field, why in (("qk_norm", "has norms of its own, on the latents"),
                            ("clip_qkv", "clips nothing")):
             value, default = getattr(self, field), getattr(AttentionConfig, field)
             require(value == default, f"attention.{field}", value,

@@ -100,6 +100,7 @@ class MoEConfig:
     policy_baseline_weight: float = 0.01
     policy_baseline_decay: float = 0.99
     allow_noncausal_routing: bool = False
+    allow_untrained_router: bool = False
 
     def __post_init__(self):
         at_least("moe", self, 0, "num_experts", "num_shared_experts", "router_jitter", "router_noise", "balance_weight",
@@ -154,7 +155,8 @@ class MoEConfig:
                 + (f" and {self.num_zero_computation} without computation." if self.num_zero_computation else "."))
         self._check_kinds_of_experts()
         self._check_capacity()
-        self._check_layers()
+        for field in ("layers", "encoder_layers"):
+            self.explicit_layers(field)
         require(self.balance_scope != "document" or self.padding == "nowhere", "moe.padding", self.padding,
                 "counts padding, which belongs to no document; set it to 'nowhere', or moe.balance_scope='sequence'.")
         require(self.undropped_sequences <= 1, "moe.undropped_sequences", self.undropped_sequences, "must be at most 1.")
@@ -177,15 +179,6 @@ class MoEConfig:
         require(self.first < self.every, "moe.first", self.first,
                 f"counts within a period of moe.every={self.every} layers; legal: -1 (the last of each period) to "
                 f"{self.every - 1}.")
-
-    def _check_layers(self):
-        self.explicit_layers("encoder_layers")
-        if self.explicit_layers("layers") is None:
-            return
-        for field in ("every", "first", "first_dense_layers"):
-            value, default = getattr(self, field), getattr(MoEConfig, field)
-            require(value == default, f"moe.{field}", value, f"has no effect beside moe.layers={self.layers!r}, which names "
-                    f"the MoE layers one by one; set it to {default!r}, or moe.layers=''.")
 
     def _check_capacity(self):
         require(not self.renormalize_after_drops or self.num_zero_computation == 0, "moe.renormalize_after_drops",

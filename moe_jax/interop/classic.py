@@ -4,8 +4,8 @@ from typing import Any
 
 from moe_jax.config import Config
 from moe_jax.interop.common import (
-    LAYER, Overrides, attention_rules, balance, dense_rules, expert_rules, experts, frame_rules, heads, moe_layers, rotary,
-    size_settings, sizes)
+    LAYER, Overrides, attention_rules, balance, dense_rules, expert_rules, experts, frame_rules, heads, moe_layers, named_experts,
+    rotary, size_settings, sizes)
 from moe_jax.interop.layouts import Same
 from moe_jax.interop.settings import Settings
 from moe_jax.interop.table import Family, Rule
@@ -135,15 +135,14 @@ def layer_type_names(config: Config) -> list[str]:
 def _qwen_settings(config: Config, vocab_size: int) -> dict[str, Any]:
     moe = config.moe
     dense = [i for i in range(config.model.num_layers) if i not in config.moe_layers]
-    return {**size_settings(config, vocab_size), "moe_intermediate_size": moe.d_ff, "num_experts": moe.num_experts,
+    return {**size_settings(config, vocab_size), "moe_intermediate_size": moe.d_ff, "num_experts": named_experts(config),
             "num_experts_per_tok": moe.experts_per_token, "norm_topk_prob": moe.renormalize, "decoder_sparse_step": 1,
             "mlp_only_layers": dense, "router_aux_loss_coef": moe.balance_weight}
 
 
 def _qwen2_settings(config: Config, vocab_size: int) -> dict[str, Any]:
-    types, settings = layer_type_names(config), _qwen_settings(config, vocab_size)
-    del settings["head_dim"]
-    return {**settings, "qkv_bias": config.attention.bias == "qkv",
+    types = layer_type_names(config)
+    return {**_qwen_settings(config, vocab_size), "qkv_bias": config.attention.bias == "qkv",
             "shared_expert_intermediate_size": config.moe.shared_width, "layer_types": types,
             "use_sliding_window": "sliding_attention" in types, "sliding_window": config.attention.window}
 

@@ -36,15 +36,16 @@ def sizes(settings: Settings, d_ff: str = "intermediate_size", theta: float = 10
 
 
 def heads(settings: Settings, kv_heads: int | None = None) -> Overrides:
-    """Query and key/value heads. ``kv_heads``: where the settings do not say; None: as many as query heads."""
+    """Query and key/value heads. ``kv_heads``: where the settings do not say; None, or a null there: as many as query heads."""
     count = settings.number("num_attention_heads")
-    return {"model.num_heads": count, "model.num_kv_heads": settings.number("num_key_value_heads", kv_heads or count),
+    missing = count if "num_key_value_heads" in settings.values else kv_heads or count
+    return {"model.num_heads": count, "model.num_kv_heads": settings.number("num_key_value_heads", missing),
             "model.head_dim": settings.number("head_dim", settings.number("hidden_size") // count)}
 
 
 def _theta(settings: Settings, default: float) -> float:
     """The base of the frequencies: of its own, or among the rotary parameters of transformers 5."""
-    rope = settings.value("rope_parameters", {})
+    rope = settings.value("rope_parameters", None) or settings.value("rope_scaling", {})
     return float(rope.get("rope_theta", settings.value("rope_theta", default)))
 
 
@@ -62,6 +63,8 @@ def rotary(settings: Settings, default: dict[str, Any] | None = None) -> Overrid
     if kind == "default":
         return {}
     name = "rope_parameters" if settings.value("rope_parameters", None) else "rope_scaling"
+    if kind == "linear":
+        return {"attention.rope_scaling": kind, "attention.rope_factor": float(rope["factor"])}
     original = rope.get("original_max_position_embeddings") or settings.number("max_position_embeddings")
     common = {"attention.rope_scaling": kind, "attention.rope_original_length": int(original),
               "attention.rope_factor": float(rope.get("factor") or settings.number("max_position_embeddings") / original)}
@@ -75,7 +78,7 @@ def rotary(settings: Settings, default: dict[str, Any] | None = None) -> Overrid
                 "attention.rope_mscale": float(rope.get("mscale") or 0),
                 "attention.rope_mscale_all_dim": float(rope.get("mscale_all_dim") or 0),
                 "attention.rope_attention_factor": float(rope.get("attention_factor") or 0)}
-    raise settings.refuse(name, f"is of the kind {kind!r}; supported: 'default', 'llama3', 'yarn'.")
+    raise settings.refuse(name, f"is of the kind {kind!r}; supported: 'default', 'linear', 'llama3', 'yarn'.")
 
 
 def rotary_settings(config: Config) -> dict[str, Any]:
@@ -84,8 +87,10 @@ def rotary_settings(config: Config) -> dict[str, Any]:
     settings = {"rope_theta": config.model.rope_theta, "rope_scaling": None}
     if attention.rope_scaling == "none":
         return settings
-    scaling = {"rope_type": attention.rope_scaling, "factor": attention.rope_factor,
-               "original_max_position_embeddings": attention.rope_original_length}
+    scaling = {"rope_type": attention.rope_scaling, "factor": attention.rope_factor}
+    if attention.rope_scaling == "linear":
+        return {**settings, "rope_scaling": scaling}
+    scaling["original_max_position_embeddings"] = attention.rope_original_length
     if attention.rope_scaling == "llama3":
         scaling |= {"low_freq_factor": attention.rope_low_factor, "high_freq_factor": attention.rope_high_factor}
     else:
@@ -112,9 +117,18 @@ def hidden_act(activation: str) -> str:
 
 
 def experts(count: int, chosen: int, **more: Any) -> Overrides:
-    """Of layers that drop nothing, as all of these families compute; ``more`` settings of the section ``moe``."""
+    """Of layers that drop nothing, as all of these families compute; ``more`` settings of the section ``moe``.
+
+    One expert with a gate that is normalised, hence 1, is for evaluation and generation."""
+    is_one = chosen == 1 and (more.get("renormalize", False) or more.get("gate_order") == "top_k_then_softmax")
     return {"moe.num_experts": count, "moe.experts_per_token": chosen, "moe.dispatch": "dropless",
-            "moe.eval_dispatch": "dropless", "moe.router_z_weight": 0.0, **{f"moe.{name}": value for name, value in more.items()}}
+            "moe.eval_dispatch": "dropless", "moe.router_z_weight": 0.0, **{f"moe.{name}": value for name, value in more.items()},
+            **({"moe.allow_untrained_router": True} if is_one else {})}
+
+
+def named_experts(config: Config) -> int:
+    """How many experts the settings of a checkpoint name: of a model without mixtures so many as could be chosen of."""
+    return config.moe.num_experts or config.moe.experts_per_token
 
 
 def balance(settings: Settings, default: float) -> Overrides:

@@ -5,9 +5,9 @@ from typing import Any
 
 from moe_jax.config import Config
 from moe_jax.interop.common import (
-    LAYER, Overrides, all_layers, attention_rules, dense_rules, expert_rules, experts, frame_rules, heads, moe_layers, rotary,
-    size_settings, sizes)
-from moe_jax.interop.layouts import PER_HEAD, SAME, Linear
+    LAYER, Overrides, all_layers, attention_rules, dense_rules, expert_rules, experts, frame_rules, heads, moe_layers, named_experts,
+    rotary, size_settings, sizes)
+from moe_jax.interop.layouts import PER_HEAD, SAME, Halves, Linear
 from moe_jax.interop.settings import Settings
 from moe_jax.interop.table import BIAS, Family, Rule
 
@@ -31,19 +31,22 @@ def _experts(settings: Settings, first_dense: int, shared: int, **more: Any) -> 
 def _expert_settings(config: Config) -> dict[str, Any]:
     moe, layers = config.moe, config.moe_layers
     frequency = layers[1] - layers[0] if len(layers) > 1 else 1
-    return {"moe_intermediate_size": moe.d_ff, "n_routed_experts": moe.num_experts, "num_experts_per_tok": moe.experts_per_token,
+    return {"moe_intermediate_size": moe.d_ff, "n_routed_experts": named_experts(config),
+            "num_experts_per_tok": moe.experts_per_token,
             "n_shared_experts": moe.num_shared_experts or None, "norm_topk_prob": moe.renormalize,
-            "first_k_dense_replace": layers[0], "moe_layer_freq": frequency}
+            "first_k_dense_replace": layers[0] if layers else config.model.num_layers, "moe_layer_freq": frequency}
 
 
 # V1 (Dai et al. 2024): the attention of Llama.
 
 def _v1_config(settings: Settings) -> Overrides:
     settings.only("scoring_func", ("softmax",), "is not how this family's router scores")
+    # Its code normalises where there is more than one gate.
+    normalised = bool(settings.value("norm_topk_prob", False)) and settings.number("num_experts_per_tok") > 1
     return {
         **sizes(settings), **heads(settings), **rotary(settings),
         "attention.bias": "all" if settings.value("attention_bias", False) else "none",
-        **_experts(settings, 0, 0, renormalize=bool(settings.value("norm_topk_prob", False)),
+        **_experts(settings, 0, 0, renormalize=normalised,
                    balance_weight=float(settings.value("aux_loss_alpha", 0.001)))}
 
 
@@ -66,12 +69,12 @@ DEEPSEEK_V1 = Family("DeepSeekMoE", ("deepseek",), ("DeepseekForCausalLM",), _v1
 # V2 and V3: latent attention.
 
 def _latent(settings: Settings) -> Overrides:
-    settings.only("attention_bias", (False, None), "gives latent attention biases, which it has none of here")
     count, nope, rope = (settings.number("num_attention_heads"), settings.number("qk_nope_head_dim", 128),
                          settings.number("qk_rope_head_dim", 64))
     settings.get("num_key_value_heads"), settings.get("head_dim")  # as many as heads; the width of the rotary part
     return {
         "model.num_heads": count, "model.num_kv_heads": count, "model.head_dim": nope + rope, "attention.kind": "latent",
+        "attention.bias": "all" if settings.value("attention_bias", False) else "none",
         "attention.query_rank": settings.get("q_lora_rank", 1536) or 0, "attention.rope_dim": rope,
         "attention.latent_rank": settings.number("kv_lora_rank", 512), "attention.value_dim": settings.number("v_head_dim", 128),
         "attention.rope_pairs": "interleaved" if settings.value("rope_interleave", True) else "half"}
@@ -89,7 +92,7 @@ def _latent_settings(config: Config, vocab_size: int) -> dict[str, Any]:
     attention, moe = config.attention, config.moe
     settings = size_settings(config, vocab_size)
     del settings["head_dim"]
-    return {**settings, **_expert_settings(config), "attention_bias": False, "q_lora_rank": attention.query_rank or None,
+    return {**settings, **_expert_settings(config), "attention_bias": attention.bias == "all", "q_lora_rank": attention.query_rank or None,
             "kv_lora_rank": attention.latent_rank, "qk_rope_head_dim": attention.rope_dim,
             "qk_nope_head_dim": config.model.head_dim - attention.rope_dim, "v_head_dim": attention.value_dim,
             "rope_interleave": attention.rope_pairs == "interleaved", "routed_scaling_factor": moe.route_scale,
@@ -104,12 +107,19 @@ def _latent_rules(config: Config) -> list[Rule]:
                  Rule(f"{here}.q_b_proj.weight", (f"{ours}/w_query_RHd",), layers=layers)]
     else:
         rules = [Rule(f"{here}.q_proj.weight", (f"{ours}/w_query_DHd",), layers=layers)]
-    return [*frame_rules(config), *rules,
+    return [*frame_rules(config), *rules, *(_latent_bias_rules(config) if config.attention.bias == "all" else []),
             Rule(f"{here}.kv_a_proj_with_mqa.weight", (f"{ours}/w_latent_DR", f"{ours}/w_key_rope_Dd"), layers=layers),
             Rule(f"{here}.kv_a_layernorm.weight", (f"{ours}/latent_norm/scale_R",), SAME, layers),
             Rule(f"{here}.kv_b_proj.weight", (f"{ours}/w_key_RHd", f"{ours}/w_value_RHd"), PER_HEAD, layers),
             Rule(f"{here}.o_proj.weight", (f"{ours}/w_out_HdD",), Linear(inputs=2), layers),
             *_network_rules(config)]
+
+
+def _latent_bias_rules(config: Config) -> list[Rule]:
+    layers, here, ours = all_layers(config), f"{LAYER}.self_attn", "{layer}/attention"
+    query = [Rule(f"{here}.q_a_proj.bias", (f"{ours}/b_query_R",), SAME, layers)] if config.attention.query_rank else []
+    return [*query, Rule(f"{here}.kv_a_proj_with_mqa.bias", (f"{ours}/b_latent_R", f"{ours}/b_key_rope_d"), Halves(), layers),
+            Rule(f"{here}.o_proj.bias", (f"{ours}/b_out_D",), SAME, layers)]
 
 
 def _v2_config(settings: Settings) -> Overrides:

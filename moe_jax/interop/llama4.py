@@ -5,8 +5,8 @@ from typing import Any
 from moe_jax.config import Config
 from moe_jax.interop.classic import layer_type_names, layer_types
 from moe_jax.interop.common import (
-    LAYER, Overrides, attention_rules, balance, dense_rules, experts, frame_rules, gated_rules, heads, moe_layers, rotary,
-    size_settings, sizes)
+    LAYER, Overrides, attention_rules, balance, dense_rules, experts, frame_rules, gated_rules, heads, moe_layers, named_experts,
+    rotary, size_settings, sizes)
 from moe_jax.interop.layouts import SAME, Halves
 from moe_jax.interop.settings import Settings
 from moe_jax.interop.table import Family, Rule
@@ -32,11 +32,11 @@ def _config(settings: Settings) -> Overrides:
     scale, floor = float(settings.value("attn_scale", 0.1)), int(settings.value("floor_scale", 8192))
     chosen = _moe_layers(settings, count)
     return {
-        **sizes(settings, "intermediate_size_mlp", theta=5e5, epsilon=1e-5), **heads(settings, kv_heads=8), **rotary(settings),
+        **sizes(settings, "intermediate_size_mlp", theta=5e5, epsilon=1e-5), **heads(settings, kv_heads=8),
         **_windows(settings, count, rotated),
         "attention.bias": "all" if settings.value("attention_bias", False) else "none",
         "attention.qk_norm": "unscaled" if settings.value("use_qk_norm", True) and any(rotated) else "none",
-        "attention.rope_pairs": "interleaved",
+        **({"attention.rope_pairs": "interleaved", **rotary(settings)} if any(rotated) else {}),
         **({"attention.temperature_scale": scale, "attention.temperature_floor": floor}
            if tuned and scale and not all(rotated) else {}),
         **experts(settings.number("num_local_experts", 16), settings.number("num_experts_per_tok", 1),
@@ -68,7 +68,7 @@ def _settings(config: Config, vocab_size: int) -> dict[str, Any]:
     attention, moe = config.attention, config.moe
     of_layers = attention.of_layers(config.model.num_layers)
     return {**size_settings(config, vocab_size, "intermediate_size_mlp"), "intermediate_size": moe.d_ff,
-            "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.experts_per_token,
+            "num_local_experts": named_experts(config), "num_experts_per_tok": moe.experts_per_token,
             "moe_layers": list(config.moe_layers), "no_rope_layers": [int(layer.rotated) for layer in of_layers],
             "layer_types": layer_type_names(config), "attention_chunk_size": attention.chunk or None,
             "use_qk_norm": attention.qk_norm == "unscaled", "attention_bias": attention.bias == "all",

@@ -132,7 +132,7 @@ def _sparse_layers(layers: int, count: int) -> list[int]:
 
 def _switch_config(settings: Settings) -> Overrides:
     encoder = settings.number("num_layers", 12)
-    decoder = settings.number("num_decoder_layers", encoder)
+    decoder = settings.number("num_decoder_layers", encoder if "num_decoder_layers" in settings.values else 12)
     settings.only("is_gated_act", (False, None), "gives the feed-forward layers a gate, which transformers' Switch does not have")
     # Derived from others, or never read.
     for name in ("encoder_sparse_step", "decoder_sparse_step", "feed_forward_proj", "router_type", "add_router_probs",

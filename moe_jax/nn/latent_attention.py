@@ -21,7 +21,8 @@ _EPSILON = 1e-6
 class LatentAttention(nnx.Module):
     """softmax(q·k · scale) v with c = norm(x W_latent), q = [q_nope | rotated q_rope], k = [c W_key | rotated x W_key_rope],
     v = c W_value per head; the rotary key is shared by all heads. Queries come from x, or from a latent of their own
-    (``attention.query_rank``). Scale: 1/√head_dim, under YaRN times m(rope_mscale_all_dim)².
+    (``attention.query_rank``). Scale: 1/√head_dim, under YaRN times m(rope_mscale_all_dim)². With ``attention.bias='all'`` latents
+    (before their norms), the shared key and the output have biases.
 
     The cache holds c and the shared rotary key alone. What a call computes itself is expanded into keys and values per head;
     single tokens read the cache as it is: W_key is applied to the query and W_value to the weighted mean of latents
@@ -47,6 +48,11 @@ class LatentAttention(nnx.Module):
         self.w_key_RHd = kernel(rngs, (rank, heads, config.head_dim - rope), rank, init)
         self.w_value_RHd = kernel(rngs, (rank, heads, attention.value_dim), rank, init)
         self.w_out_HdD = kernel(rngs, (heads, attention.value_dim, width), heads * attention.value_dim, init)
+        if attention.bias == "all":
+            zeros = lambda size: nnx.Param(jnp.zeros(size, jnp.float32))
+            self.b_latent_R, self.b_key_rope_d, self.b_out_D = zeros(rank), zeros(rope), zeros(width)
+            if attention.query_rank:
+                self.b_query_R = zeros(attention.query_rank)
         if attention.sinks:
             self.sink_H = nnx.Param(jnp.zeros(heads, jnp.float32))
 
@@ -57,8 +63,8 @@ class LatentAttention(nnx.Module):
         Positions are rotary, so there is no bias."""
         dtype = x_BSD.dtype
         query_BSHd = self._query(x_BSD, positions_BS)
-        latent_BTR = latent_BSR = self.latent_norm(self._down(x_BSD, self.w_latent_DR, "DR"))
-        key_BTd = key_BSd = self._rotated(self._down(x_BSD, self.w_key_rope_Dd, "Dd")[:, :, None], positions_BS)[:, :, 0]
+        latent_BTR = latent_BSR = self.latent_norm(self._down(x_BSD, "latent_DR"))
+        key_BTd = key_BSd = self._rotated(self._down(x_BSD, "key_rope_Dd")[:, :, None], positions_BS)[:, :, 0]
         if cache is not None:
             is_ring = self.layer.span != "full"
             latent_cache, latent_BTR = caches.written(cache[0], latent_BSR, index, is_ring)
@@ -88,7 +94,7 @@ class LatentAttention(nnx.Module):
     def _query(self, x_BSD, positions_BS):
         dtype, heads = x_BSD.dtype, spec("BSHd", ACTIVATIONS)
         if self.attention.query_rank:
-            latent_BSR = self.query_norm(self._down(x_BSD, self.w_query_DR, "DR"))
+            latent_BSR = self.query_norm(self._down(x_BSD, "query_DR"))
             query_BSHd = self._up(latent_BSR, self.w_query_RHd)
         else:
             query_BSHd = product(x_BSD, gathered(self.w_query_DHd[...], "DHd", dtype), "BSD,DHd->BSHd", heads)
@@ -106,10 +112,14 @@ class LatentAttention(nnx.Module):
     def _rotated(self, y_BSHd, positions_BS):
         return rotate(y_BSHd, positions_BS, self.config.rope_theta, self.attention) if self.layer.rotated else y_BSHd
 
-    def _down(self, x_BSD, weight, letters):
+    def _down(self, x_BSD, name):
         """From the stream to a latent, or to the shared key; whole on every device along ``tensor``."""
-        weight = gathered(weight[...], letters, x_BSD.dtype)
-        return product(x_BSD, weight, f"BSD,{letters}->BS{letters[1]}", P(TOKEN_AXES, None, None))
+        kind, letters = name.rsplit("_", 1)
+        weight = gathered(getattr(self, f"w_{name}")[...], letters, x_BSD.dtype)
+        y_BSR = product(x_BSD, weight, f"BSD,{letters}->BS{letters[1]}", P(TOKEN_AXES, None, None))
+        if self.attention.bias == "none":
+            return y_BSR
+        return y_BSR + gathered(getattr(self, f"b_{kind}_{letters[1]}")[...], letters[1], x_BSD.dtype)[None, None]
 
     def _up(self, latent_BTR, weight_RHd):
         weight_RHd = gathered(weight_RHd[...], "RHd", latent_BTR.dtype)

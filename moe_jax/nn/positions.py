@@ -43,10 +43,12 @@ def rotate(x_BSHd: jax.Array, positions_BS: jax.Array, theta: float, attention: 
 def scaled_frequencies(dim: int, theta: float, attention: AttentionConfig) -> tuple[np.ndarray, float]:
     """Radians per position of each of the ``dim / 2`` pairs, and what sine and cosine are multiplied by.
 
-    ``attention.rope_scaling``: 'llama3' (Llama 3.1) divides the frequency of long waves by ``rope_factor``; 'yarn' (Peng et
-    al. 2023) does so where a pair makes few turns in the original length.
+    ``attention.rope_scaling``: 'linear' (Chen et al. 2023) divides all frequencies by ``rope_factor``, 'llama3' (Llama 3.1) those
+    of long waves; 'yarn' (Peng et al. 2023) does so where a pair makes few turns in the original length.
     """
     frequency = theta ** (-2.0 * np.arange(dim // 2) / dim)
+    if attention.rope_scaling == "linear":
+        return frequency / attention.rope_factor, 1.0
     if attention.rope_scaling == "llama3":
         return _llama3(frequency, attention), 1.0
     return _yarn(frequency, dim, theta, attention), _yarn_magnitude(attention)

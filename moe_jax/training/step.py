@@ -300,10 +300,16 @@ def _global_counts(params, config, vocab_size, parts, bias_LE, keys):
 
 
 def check_trainable(config: Config) -> None:
-    """Refuses, with ConfigError, copies of experts: each would get the gradients of its own tokens only."""
+    """Refuses, with ConfigError, copies of experts, each of which would get the gradients of its own tokens only, and a router
+    that would get none (B23)."""
     if config.moe.expert_copies:
         raise ConfigError(f"moe.expert_copies={config.moe.expert_copies}: copies of experts are for evaluation and generation "
                           f"(moe-jax eval --placement=…); in training they would grow apart. Set it to 0.")
+    if config.moe.allow_untrained_router:
+        raise ConfigError("moe.allow_untrained_router=True: with one expert per token and a gate that is always 1 the router gets no "
+                          "gradient from the task, so that such a model is for evaluation and generation. To train it, let gates be "
+                          "scores: moe.allow_untrained_router=False, moe.renormalize=False, "
+                          "moe.gate_order='softmax_then_top_k'.")
 
 
 def train_step(state: TrainState, batch: Batch, config: Config, vocab_size: int) -> tuple[TrainState, dict[str, Any]]:
