@@ -23,7 +23,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = {"data.max_bytes": 200_000, "data.sequence_length": 32, "data.batch_size": 16, "optimizer.learning_rate": 0.01,
          "optimizer.warmup_steps": 2, "optimizer.schedule": "constant", "training.num_steps": 20}
 # Quick ones that have between them: heads and latents, buffers and rows, an encoder, an LSTM.
-QUICK = ("deepseek_v3", "switch", "shazeer")
+QUICK = ("deepseek_v3_tiny", "switch_tiny", "shazeer_tiny")
+NAMES = [*(f"{name}_tiny" for name in families.FAMILIES), "shazeer_hierarchical_tiny"]
 
 
 def load(name: str, **settings) -> Config:
@@ -35,8 +36,7 @@ def test_every_family_has_its_tiny_config_and_the_table_knows_it():
         assert load(f"{name}_tiny") == families.config(name)
 
 
-@pytest.mark.parametrize("name", [f"{name}_tiny" if name in QUICK else pytest.param(f"{name}_tiny", marks=pytest.mark.slow)
-                                  for name in families.FAMILIES])
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_twenty_steps_on_eight_devices_lower_the_loss_and_resume(name, tmp_path):
     rows = {"data.target_length": 8} if load(name).model.encoder_layers else {}
     config = load(name, **SMALL, **rows)
