@@ -22,6 +22,7 @@ from moe_jax.models.presets import (
     DEEPSEEK_2, DEEPSEEK_3, DEEPSEEK_MOE, EXPERT_CHOICE, GLAM, GPT_OSS, GSHARD, LLAMA_4, MEGABLOCKS, MIXTRAL, NLLB, OLMOE,
     OPENMOE, QWEN_2, QWEN_3, SHAZEER, ST_MOE, SWITCH, Preset, Settings)
 
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One row.
@@ -138,6 +139,10 @@ def _t5_tiny(**sections: Mapping[str, Any]) -> Settings:
     return merged(_tiny(model=dict(encoder_layers=2), data=dict(target_length=29)), sections)
 
 
+# DeepSeek-V2 and V3, after their texts were made longer.
+_LATENT = dict(kind="latent", rope_pairs="interleaved", rope_scaling="yarn", rope_factor=40.0, rope_original_length=4096)
+
+
 FAMILIES: dict[str, Family] = {
     "shazeer": Family(
         "Shazeer 2017", "arXiv:1701.06538", "LSTMs; noisy top-k gating, flat and at two levels",
@@ -159,7 +164,7 @@ FAMILIES: dict[str, Family] = {
     "switch": Family(
         "Switch Transformer", "JMLR 23(120)", "T5's encoder–decoder; top-1, jitter, span corruption",
         merged(_T5, {"moe": dict(experts_per_token=1, fill_order="choice_major", router_jitter=0.01, router_z_weight=0.0)}),
-        SWITCH, _t5_tiny(model=dict(encoder_layers=2, activation="relu"), moe=dict(activation="relu"))),
+        SWITCH, _t5_tiny(model=dict(activation="relu"), moe=dict(activation="relu"))),
     "glam": Family(
         "GLaM", "arXiv:2112.06905", "top-2 decoder; GEGLU in dense layers, plain experts",
         {"model": dict(activation="geglu", tie_embedding=True),
@@ -194,7 +199,7 @@ FAMILIES: dict[str, Family] = {
          "moe": dict(activation="swiglu", residual_ffn="parallel", fill_order="choice_major", allow_noncausal_routing=True,
                      eval_dispatch="gather", capacity_counts="tokens", balance_loss="st_moe"),
          "data": dict(sequence_length=2048), "training": dict(output_z_weight=1e-3)},
-        OPENMOE["paper"], _tiny(moe=dict(group_size=0))),
+        OPENMOE["paper"], _tiny()),
     "openmoe_code": Family(
         "OpenMoE, as the code", "arXiv:2402.01739", "a dense FFN after the experts; four matrices, two tables, padding routed",
         {"model": dict(activation="swiglu_linear", scaled_attention=False, init_scale=0.1),
@@ -202,7 +207,7 @@ FAMILIES: dict[str, Family] = {
                      allow_noncausal_routing=True, padding="routed", eval_dispatch="gather", capacity_counts="tokens",
                      balance_loss="st_moe"),
          "data": dict(sequence_length=2048)},
-        OPENMOE["code"], _tiny(moe=dict(group_size=0))),
+        OPENMOE["code"], _tiny()),
     "mixtral": Family(
         "Mixtral", "arXiv:2401.04088", "grouped-query attention; top-2 of eight in every layer",
         {"model": dict(activation="swiglu", rope_theta=1e6, norm_epsilon=1e-5),
@@ -228,8 +233,7 @@ FAMILIES: dict[str, Family] = {
         DEEPSEEK_MOE, _tiny(model=dict(num_layers=3), moe=dict(num_experts=16, experts_per_token=4, d_ff=32))),
     "deepseek_v2": Family(
         "DeepSeek-V2", "arXiv:2405.04434", "latent attention, YaRN; device-limited routing and its three balances",
-        {"attention": dict(kind="latent", rope_pairs="interleaved", rope_scaling="yarn", rope_factor=40.0,
-                           rope_original_length=4096, rope_mscale=0.707, rope_mscale_all_dim=0.707),
+        {"attention": dict(_LATENT, rope_mscale=0.707, rope_mscale_all_dim=0.707),
          "moe": dict(every=1, first_dense_layers=1, num_shared_experts=2, balance_scope="sequence", router_z_weight=0.0)},
         {"236b": DEEPSEEK_2["236b"]},
         _tiny(model=dict(num_layers=3, head_dim=24), attention=dict(query_rank=32, latent_rank=32, rope_dim=8, value_dim=16),
@@ -237,8 +241,7 @@ FAMILIES: dict[str, Family] = {
                        device_weight=0.05, communication_weight=0.02, balance_weight=3e-3))),
     "deepseek_v2_lite": Family(
         "DeepSeek-V2-Lite", "arXiv:2405.04434", "latent attention with plain queries, YaRN",
-        {"attention": dict(kind="latent", rope_pairs="interleaved", rope_scaling="yarn", rope_factor=40.0,
-                           rope_original_length=4096, rope_mscale=0.707, rope_mscale_all_dim=0.707),
+        {"attention": dict(_LATENT, rope_mscale=0.707, rope_mscale_all_dim=0.707),
          "moe": dict(every=1, first_dense_layers=1, num_shared_experts=2, dispatch="dropless", balance_scope="sequence",
                      router_z_weight=0.0)},
         {"16b": DEEPSEEK_2["lite"]},
@@ -248,8 +251,7 @@ FAMILIES: dict[str, Family] = {
         "DeepSeek-V3", "arXiv:2412.19437",
         "latent attention, YaRN; node-limited sigmoid routing, balanced by bias; a further token",
         {"model": dict(mtp_depth=1),
-         "attention": dict(kind="latent", rope_pairs="interleaved", rope_scaling="yarn", rope_factor=40.0,
-                           rope_original_length=4096, rope_mscale=1.0, rope_mscale_all_dim=1.0),
+         "attention": dict(_LATENT, rope_mscale=1.0, rope_mscale_all_dim=1.0),
          "moe": dict(every=1, num_shared_experts=1, score="sigmoid", renormalize=True, route_scale=2.5,
                      group_score="top_2_sum", bias_update_rate=1e-3, balance_scope="sequence", balance_weight=1e-4,
                      router_z_weight=0.0)},
