@@ -133,8 +133,11 @@ class RoutingMode:
         if config.encoder_moe_layers and not config.decoder_moe_layers:
             return cls("dropless", config.moe.eval_capacity_factor, record)
         mode = cls("dropless", 1.0, record)
-        alone = mode._is_causal(dataclasses.replace(config.moe, group_over="sequence"))
-        return mode if alone else dataclasses.replace(mode, router="top_k")
+        return dataclasses.replace(mode, router="top_k") if mode.compares_tokens(config) else mode
+
+    def compares_tokens(self, config: Config) -> bool:
+        """Whether a token's experts depend on other tokens of its text or batch."""
+        return not self._is_causal(dataclasses.replace(config.moe, group_over="sequence"))
 
     def is_causal(self, config: Config) -> bool:
         """Whether no token's output depends on later tokens. Where nothing is dropped the fill order plays no part; an encoder
