@@ -1,8 +1,5 @@
-"""Routing rules and MoE layers of ten published families against what transformers computed (shared/oracles/hf).
-
-From the stored router logits to the stored combine weights, family by family; and one layer of each on weights read here,
-by hand, without moe_jax.interop: its input is reconstructed from what the block gave (layer_out - moe_out, normed).
-"""
+"""Routing rules of ten published families against what transformers computed (shared/oracles/hf): from the stored router logits
+to the stored combine weights, without moe_jax.interop. Layers and whole models: test_verify.py."""
 
 import json
 from pathlib import Path
@@ -12,11 +9,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import tiny
-from flax import nnx
 
-from moe_jax.config import MoEConfig, resolve
-from moe_jax.nn.moe import MoELayer, RoutingMode
+from moe_jax.config import MoEConfig
 from moe_jax.routing import ROUTERS, check_router
 from moe_jax.routing.assignment import RouterInputs
 
@@ -99,59 +93,3 @@ def test_the_router_weighs_experts_as_the_family_does(family):
         np.add.at(combine_TE, (routing.token_N, routing.expert_N), routing.gate_N)
         np.testing.assert_array_equal(combine_TE != 0, arrays["combine"] != 0)
         np.testing.assert_allclose(combine_TE, arrays["combine"], rtol=1e-5, atol=1e-6)
-
-
-def our_weights(moe: MoEConfig, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The layer's parameters by our names, of theirs."""
-    weights = {name.split(".", 1)[1]: array.astype(np.float32) for name, array in weights.items()
-               if name.startswith(("mlp.", "feed_forward.", "block_sparse_moe."))}
-    ours = {"w_router_DE": weights[next(n for n in ("gate.weight", "router.weight") if n in weights)].T}
-    if moe.router_bias:
-        ours["b_router_E"] = weights["router.bias"]
-    if moe.shared_gate:
-        ours["w_shared_gate_D"] = weights["shared_expert_gate.weight"][0]
-    for branch, theirs in (("gate", "gate_proj"), ("in", "up_proj"), ("out", "down_proj")):
-        letters = "FD" if branch == "out" else "DF"
-        if moe.num_shared_experts:
-            name = next(n for n in weights if n.startswith("shared_expert") and theirs in n)
-            ours[f"shared.w_{branch}_{letters}"] = weights[name].T
-        if "experts.gate_up_proj" not in weights:
-            mixtral = {"gate": "w1", "in": "w3", "out": "w2"}[branch]
-            name = "experts.{}.%s.weight" % (theirs if f"experts.0.{theirs}.weight" in weights else mixtral)
-            ours[f"experts.w_{branch}_E{letters}"] = np.stack([weights[name.format(e)].T for e in range(moe.num_experts)])
-    if "experts.gate_up_proj" in weights:
-        fused, halves = weights["experts.gate_up_proj"], moe.d_ff
-        take = {"gate": np.s_[..., ::2], "in": np.s_[..., 1::2]} if moe.expert_bias else {
-            "gate": np.s_[..., :halves], "in": np.s_[..., halves:]}
-        ours |= {f"experts.w_{branch}_EDF": fused[place] for branch, place in take.items()}
-        ours["experts.w_out_EFD"] = weights["experts.down_proj"]
-        if moe.expert_bias:
-            ours |= {f"experts.b_{branch}_EF": weights["experts.gate_up_proj_bias"][place] for branch, place in take.items()}
-            ours["experts.b_out_ED"] = weights["experts.down_proj_bias"]
-    return ours
-
-
-def layer_input(arrays, weights, epsilon: float) -> np.ndarray:
-    """x = norm(h), where the block gave h + moe(x)."""
-    out_BSD = arrays["layer_out"].astype(np.float64)
-    h_BSD = out_BSD - arrays["moe_out"].reshape(out_BSD.shape)
-    normed_BSD = h_BSD / np.sqrt(np.mean(h_BSD**2, axis=-1, keepdims=True) + epsilon)
-    return (normed_BSD * weights["post_attention_layernorm.weight"].astype(np.float64)).astype(np.float32)
-
-
-@pytest.mark.parametrize("family", RULES)
-def test_the_layer_gives_what_the_familys_does(family):
-    moe = moe_config(family)
-    _, arrays, weights = stored_layers(family)[-1]
-    x_BSD = layer_input(arrays, weights, json.loads((FOLDER / family / "config.hub.json").read_text())["rms_norm_eps"])
-    settings = {name: getattr(moe, name) for name in MoEConfig.__dataclass_fields__}
-    config = resolve({"model": {"d_model": x_BSD.shape[-1]}, "moe": settings, "data": {"sequence_length": x_BSD.shape[1]}})
-    with jax.set_mesh(tiny.ONE):
-        graph, state = nnx.split(MoELayer(config, nnx.Rngs(params=0)))
-        flat, ours = tiny.leaves(state.to_pure_dict()), our_weights(moe, weights)
-        assert {name: array.shape for name, array in flat.items()} == {name: array.shape for name, array in ours.items()}
-        tree = jax.tree_util.tree_map_with_path(lambda path, _: ours[".".join(key.key for key in path)], state.to_pure_dict())
-        run = jax.jit(lambda tree, x, bias_E: nnx.merge(graph, tree)(x, jnp.ones(x.shape[:2], bool), RoutingMode.dropless(),
-                                                                     bias_E), compiler_options=tiny.QUICK)
-        y_BSD, _ = run(tree, x_BSD, selection_bias(weights, moe.num_experts))
-    np.testing.assert_allclose(y_BSD, arrays["moe_out"].reshape(x_BSD.shape), rtol=1e-4, atol=5e-5)
