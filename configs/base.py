@@ -176,8 +176,8 @@ def get_config() -> ConfigDict:
                                       # "as_text": docs/conventions.md
     moe.group_size = 0                # tokens that compete for buffer slots; 0 = one sequence (group_over="batch": all
                                       # sequences of a microbatch)
-    moe.group_over = "sequence"       # a group is consecutive tokens, "batch": one position of many sequences, or "all": all tokens of
-                                      # a microbatch, which one device then holds (NLLB)
+    moe.group_over = "sequence"       # a group is consecutive tokens, "batch": one position of many sequences, or "all":
+                                      # all tokens of a microbatch, which one device then holds (NLLB)
     moe.balance_loss = "switch"       # switch, first_choice, gshard, st_moe: docs/conventions.md
     moe.balance_scope = "group"       # statistics over one group, one sequence (row), one document of a packed row, one
                                       # microbatch, or the global batch
@@ -211,8 +211,8 @@ def get_config() -> ConfigDict:
     moe.policy_baseline_weight = 0.01 # of the learned baseline's squared error; it trains that head alone
     moe.policy_baseline_decay = 0.99  # of the running mean, per step
     moe.allow_noncausal_routing = False  # let a decoder train with a router that sees later tokens
-    moe.allow_untrained_router = False  # of imported checkpoints: one expert per token with a gate of 1, whose router gets no gradient
-                                      # from the task; such a model is evaluated and generates, training refuses it
+    moe.allow_untrained_router = False  # of imported checkpoints: one expert per token with a gate of 1, whose router gets no
+                                      # gradient from the task; such a model is evaluated and generates, training refuses it
 
     config.data = data = ConfigDict()
     data.source = "standard_library"  # standard_library, synthetic, files:<folder or glob>, tfds:<name>, seqio:<name>
@@ -233,8 +233,8 @@ def get_config() -> ConfigDict:
     data.sentinels = 0                # ids at the end of the vocabulary that stand for hidden spans; 0 = as many as a row needs
                                       # (T5: 100, OpenMoE: 300)
     data.prefix_attention = "causal"  # of what is given: causal (OpenMoE), or bidirectional (prefix LM of Raffel et al. 2020)
-    data.target_length = 0            # of an encoder–decoder: tokens per row of the decoder, which writes the targets; the encoder's
-                                      # rows, of what is given, have sequence_length (T5: 114 and 512): docs/encoder_decoder.md
+    data.target_length = 0            # of an encoder–decoder: tokens per row of the decoder, which writes the targets; the
+                                      # encoder's rows, of what is given, have sequence_length (T5: 114 and 512): docs/encoder_decoder.md
 
     config.mesh = mesh = ConfigDict()
     mesh.data = 0                     # devices along each axis; 0 = what remains

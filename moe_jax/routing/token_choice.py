@@ -10,10 +10,9 @@ from moe_jax.routing.limits import check_limits, choices_made, in_best_groups, t
 from moe_jax.routing.scores import SCORES, chance_above, learned_noise_std, rankable, shares, without_nan
 
 # Fields of MoEConfig that these routers read and others refuse.
-OPTIONS = ("renormalize_after_drops", "score", "route_scale", "second_policy", "second_threshold", "second_in_queue", "num_groups", "groups_per_token",
-           "group_score", "priority", "padding", "importance_weight", "load_weight", "device_weight",
-           "communication_weight", "device_capacity_factor",
-           "allow_untrained_router")
+OPTIONS = ("renormalize_after_drops", "score", "route_scale", "second_policy", "second_threshold", "second_in_queue",
+           "num_groups", "groups_per_token", "group_score", "priority", "padding", "importance_weight", "load_weight",
+           "device_weight", "communication_weight", "device_capacity_factor", "allow_untrained_router")
 
 
 def top_k(inputs: RouterInputs, moe: MoEConfig) -> Routing:
@@ -147,7 +146,8 @@ def check_top_k(moe: MoEConfig) -> None:
             "gradient from the task (top_k_then_softmax renormalises too); set moe.renormalize=False and "
             "moe.gate_order='softmax_then_top_k', or use 2 experts per token.")
     if moe.allow_untrained_router and not untrained:
-        raise ConfigError("moe.allow_untrained_router=True: has no effect: this router gets a gradient from the task; set it to False.")
+        raise ConfigError("moe.allow_untrained_router=True: has no effect: this router gets a gradient from the task; set it to "
+                          "False.")
     if moe.renormalize and moe.gate_order == "top_k_then_softmax":
         raise ConfigError("moe.renormalize=True: has no effect with moe.gate_order='top_k_then_softmax', whose gates "
                           "already sum to 1; set moe.renormalize=False.")
