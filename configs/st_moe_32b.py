@@ -7,13 +7,7 @@ in evaluation) in groups of 4,096 tokens of the encoder, balancing 0.01, router 
 with 1/√step, 1 M tokens per batch, 1.5 T tokens. A later token can push an earlier one's second choice out of a buffer
 (moe.allow_noncausal_routing). The mixture it was trained on, span corruption and causal text, is span corruption here.
 
-Plans are of decoders. One of all 48 layers with half again as many heads has the same parameters: cross-attention
-is a third of all attention.
-
-    DECODER="--config.model.encoder_layers=0 --config.model.num_layers=48 --config.model.num_heads=96
-             --config.model.num_kv_heads=96 --config.attention.positions=rotary --config.data.objective=causal
-             --config.data.target_length=0"
-    moe-jax plan --config=configs/st_moe_32b.py $DECODER --slice=v5p-512
+    moe-jax plan --config=configs/st_moe_32b.py --slice=v5p-512
 """
 
 from ml_collections import ConfigDict

@@ -4,13 +4,7 @@ As published: T5's encoder and decoder of 12 layers each with 12 heads and relat
 layer), vocabulary, span corruption of rows of 512, top-1 by softmax, capacity 1.25, jitter 0.01, balancing 0.01,
 initialisation 0.1, Adafactor with 1/√step, 2^20 tokens per batch for 550,000 steps. Examples are packed, as T5's.
 
-Plans are of decoders. One of all 24 layers with half again as many heads has the same parameters: cross-attention
-is a third of all attention.
-
-    DECODER="--config.model.encoder_layers=0 --config.model.num_layers=24 --config.model.num_heads=18
-             --config.model.num_kv_heads=18 --config.attention.positions=rotary --config.data.objective=causal
-             --config.data.target_length=0"
-    moe-jax plan --config=configs/switch_base.py $DECODER --slice=v5e-16
+    moe-jax plan --config=configs/switch_base.py --slice=v5e-16
 """
 
 from ml_collections import ConfigDict

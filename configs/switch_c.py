@@ -5,13 +5,7 @@ span corruption of rows of 512, top-1 by softmax, capacity 1.25, jitter 0.01, ba
 with 1/√step, 2^20 tokens per batch for 550,000 steps. Two sequences compete for slots, one slot per expert at least: with
 one sequence and the usual minimum of four, 16 times as many slots as tokens would be computed.
 
-Plans are of decoders. One of all 30 layers with half again as many heads has the same parameters: cross-attention
-is a third of all attention.
-
-    DECODER="--config.model.encoder_layers=0 --config.model.num_layers=30 --config.model.num_heads=48
-             --config.model.num_kv_heads=48 --config.attention.positions=rotary --config.data.objective=causal
-             --config.data.target_length=0"
-    moe-jax plan --config=configs/switch_c.py $DECODER --slice=v5p-2048
+    moe-jax plan --config=configs/switch_c.py --slice=v5p-2048
 """
 
 from ml_collections import ConfigDict

@@ -11,6 +11,7 @@ import pytest
 from moe_jax import families
 from moe_jax.config import Config, ConfigError, load_config
 from moe_jax.interop import huggingface
+from moe_jax.planning.slices import parse_slice
 from moe_jax.training.flops import ParameterCount, count_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -222,6 +223,11 @@ def test_the_readme_has_a_row_for_every_family_with_its_sizes():
         for config in re.findall(r"\((configs/\w+.py)\)", planned):
             assert f"--config={config}" in (ROOT / config).read_text()
             assert f'of_family("{family}"' in (ROOT / config).read_text() or config == "configs/openmoe_34b.py"
+        for config, slice_ in re.findall(r"\((configs/\w+.py)\) on (\S+?)[, ]", planned):
+            assert f"--config={config} --slice={slice_}\n" in (ROOT / config).read_text()
+        for name, slice_ in re.findall(r"`([\w:.]+)` on (\S+?)[, ]", planned):
+            assert name.split(":")[0] == family and name.split(":")[1] in row.presets and parse_slice(slice_)
+        assert (" on v" in planned) != ("none: " in planned) and planned.count(" on v") == planned.count("](") + planned.count("`") / 2
         assert (hub.strip() == "") == (family not in IMPORTED), family
 
 

@@ -393,6 +393,19 @@ def test_inference_has_a_cache_and_no_optimizer(step, tokens):
     assert "KV cache" in text_of(plan)
 
 
+@pytest.mark.parametrize("step, tokens, words", [
+    ("train", 16 * (128 + 32), "16 sequences of 128 tokens and 32 targets"),
+    ("prefill", 16 * 128, "16 sequences of 128 tokens for the encoder"),
+    ("decode", 16, "16 sequences with a cache of 32 tokens behind 128 of the encoder")])
+def test_an_encoder_decoder_is_planned_as_two_stacks(step, tokens, words):
+    wanted, config = parse_slice("v5e-8"), tiny(model__encoder_layers=2, data__objective="span_corruption", data__target_length=32)
+    plan = make_plan(config, wanted, resolve_mesh(config, 8), step, compile=False)
+    assert plan.tokens == tokens and words in text_of(plan)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    if step != "train":
+        assert plan.kv_cache_bytes == 2 * 2 * 16 * (32 + 128) * 2 * 32 * 2  # as above, of what is written and of what is given
+
+
 def test_what_does_not_fit_by_formula_is_told_changes_that_do():
     wanted = parse_slice("v5e-8")
     config = tiny(model__num_layers=24, model__d_model=2048, model__d_ff=8192, moe__d_ff=8192, data__sequence_length=4096,

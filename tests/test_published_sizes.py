@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_jax.config import Config, load_config, resolve
+from moe_jax.config import Config, resolve
 from moe_jax.planning.slices import parse_slice
 from moe_jax.sharding import resolve_mesh
 from moe_jax.training.flops import count_parameters
@@ -73,15 +73,6 @@ def test_all_published_sizes_are_here():
 
 # Those that can be planned: the configs above, and some whose training is chosen here.
 PLANNED = sorted(path.stem for path in CONFIGS.glob("*.py") if "--slice=" in path.read_text())
-
-
-@pytest.mark.parametrize("name", ["switch_base", "switch_c", "st_moe_32b"])
-def test_the_decoder_that_is_planned_for_two_stacks_has_their_parameters(name):
-    head = (CONFIGS / f"{name}.py").read_text()
-    words = head.split('DECODER="')[1].split('"')[0].split()
-    decoder = load_config(str(CONFIGS / f"{name}.py"), words)
-    assert decoder.model.encoder_layers == 0 and published(name).model.encoder_layers > 0
-    assert counted(decoder)[:2] == pytest.approx(counted(published(name))[:2], rel=0.0005)
 
 
 @pytest.mark.parametrize("name", PLANNED)

@@ -61,10 +61,10 @@ SHAZEER = {
 # Lepikhin et al. 2020, table 3; from memory: widths, heads and that 36 layers are those of both stacks.
 def _gshard(layers: int, experts: int, total: float, active: float, published: str) -> Preset:
     return _preset(total, active, published, _dimensions(layers // 2, 1024, 16, 128, 8192, 64_000, encoder_layers=layers // 2),
-                   _experts(experts, 8192))
+                   _experts(experts, 8192, group_size=2048, min_capacity=1))
 
 
-_GSHARD_SOURCE = "; widths, heads, vocabulary and the split into two stacks from memory"
+_GSHARD_SOURCE = "; widths, heads, vocabulary, the split into two stacks and groups of 2,048 tokens from memory"
 GSHARD = {
     "600b": _gshard(36, 2048, 619.4, 1.528, "600 B" + _GSHARD_SOURCE),
     "150b": _gshard(36, 512, 155.5, 1.500, "150 B" + _GSHARD_SOURCE),

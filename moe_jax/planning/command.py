@@ -164,9 +164,6 @@ def planned_config(config: Config, request: Request) -> Config:
     """
     if config.model.architecture == "lstm":
         raise ConfigError("model.architecture='lstm': plans are of transformers; there are no formulas for an LSTM.")
-    if config.model.encoder_layers:
-        raise ConfigError(f"model.encoder_layers={config.model.encoder_layers}: plans are of decoders; there are no formulas for two "
-                          f"stacks with rows of two lengths.")
     data = dataclasses.replace(config.data, batch_size=request.batch or config.data.batch_size,
                                sequence_length=request.context or config.data.sequence_length)
     training = config.training

@@ -115,18 +115,23 @@ def forward_flops_per_token(config: Config, vocab_size: int, length: int, last: 
     encoder's.
     """
     if config.model.encoder_layers:
-        return _pair_flops(config, vocab_size)
+        given, written = config.data.sequence_length, config.data.target_length
+        encoder, decoder = pair_flops_per_token(config, vocab_size)
+        return (given * encoder + written * decoder) / (given + written)
     spans = [layer.span for layer in config.attention_layers]
     return _flops(config, vocab_size, length, spans, len(config.moe_layers), 1, last)
 
 
-def _pair_flops(config, vocab_size):
-    model, given, written = config.model, config.data.sequence_length, config.data.target_length
+def pair_flops_per_token(config: Config, vocab_size: int, written: int = 0, last: bool = False) -> tuple[float, float]:
+    """Those of an encoder–decoder, forward: of a token that the encoder reads, with the keys and values that are made of it for
+    the decoder, and of one of ``written`` that the decoder writes (0: ``data.target_length``), or the ``last`` of them."""
+    model, given = config.model, config.data.sequence_length
+    written = written or config.data.target_length
     encoder = _flops(config, vocab_size, given, ["full"] * model.encoder_layers, len(config.encoder_moe_layers), 0, last=True)
-    decoder = _flops(config, vocab_size, written, ["full"] * model.num_layers, len(config.decoder_moe_layers), 1)
+    decoder = _flops(config, vocab_size, written, ["full"] * model.num_layers, len(config.decoder_moe_layers), 1, last)
     encoder += model.num_layers * 2 * model.d_model * model.head_dim * 2 * model.num_kv_heads
     decoder += model.num_layers * (2 * model.d_model + 2 * given) * model.head_dim * 2 * model.num_heads
-    return (given * encoder + written * decoder) / (given + written)
+    return encoder, decoder
 
 
 def _flops(config: Config, vocab_size: int, length: int, spans: list[str], moe_layers: int, outputs: int,
