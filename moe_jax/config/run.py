@@ -92,7 +92,7 @@ class Config:
         require(self.data.prefix_attention == "causal" or not limited, "attention.layers", attention.layers,
                 "sliding and chunked layers look back only, but data.prefix_attention='bidirectional'; set it to 'full', or "
                 "data.prefix_attention='causal'.")
-        require(not model.mlp_bias or self._has_dense_networks, "model.mlp_bias", model.mlp_bias,
+        require(not model.mlp_bias or self.has_dense_networks, "model.mlp_bias", model.mlp_bias,
                 "has no effect: every layer's network is a mixture (whose biases are moe.expert_bias); set it to False.")
         if attention.kind == "heads":
             require(model.head_dim % 2 == 0 or attention.positions != "rotary", "model.head_dim", model.head_dim,
@@ -106,7 +106,7 @@ class Config:
                 f"is part of model.head_dim={model.head_dim}, the rest of which is not rotated; set it below that.")
 
     @property
-    def _has_dense_networks(self) -> bool:
+    def has_dense_networks(self) -> bool:
         """Whether a layer has a dense feed-forward network, alone or beside its experts."""
         layers = self.model.encoder_layers + self.model.num_layers
         return self.moe.residual_ffn != "none" or len(self.moe_layers) < layers

@@ -73,11 +73,16 @@ def check_upcyclable(dense: Config, config: Config) -> None:
     if not config.moe_layers:
         raise ConfigError("moe.num_experts=0: the new config is dense; set it to the number of copies of each "
                           "feed-forward network.")
-    for field in dataclasses.fields(model):
-        old, new = getattr(model, field.name), getattr(config.model, field.name)
-        if field.name not in _FREE and old != new:
-            raise ConfigError(f"model.{field.name}={new!r}: the dense run was trained with {old!r}, and its weights are "
-                              f"copied; set it to that.")
+    # Where all networks become experts, biases are theirs alone.
+    free = _FREE if config.has_dense_networks else (*_FREE, "mlp_bias")
+    for section, before, after in (("model", model, config.model), ("attention", dense.attention, config.attention)):
+        for field in dataclasses.fields(before):
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            if old != new and (section != "model" or field.name not in free):
+                raise ConfigError(f"{section}.{field.name}={new!r}: the dense run was trained with {old!r}, and its weights are "
+                                  f"copied; set it to that.")
+    if model.mlp_bias and not moe.expert_bias:
+        raise ConfigError("moe.expert_bias=False: the copied networks have biases (model.mlp_bias); set it to True.")
     if moe.expert_widths:
         raise ConfigError(f"moe.expert_widths={moe.expert_widths!r}: each expert is a copy of a dense feed-forward network, so all "
                           f"are as wide as it; set it to '' and moe.d_ff={model.d_ff}.")
@@ -108,6 +113,8 @@ class _Source:
 
     def __init__(self, dense: dict[str, Any], dense_config: Config, config: Config):
         self.dense, self.config, self.layers = dense, config, layer_paths(config)
+        # Biases of experts are new, and 0, where the networks have none.
+        self.copied = re.compile(rf"moe/experts/([{'wb' if dense_config.model.mlp_bias else 'w'}]_\w+)_E(\w+)")
         self.places = {layer: (where, row) for where, layers in layer_paths(dense_config).items()
                        for row, layer in enumerate(layers)}
 
@@ -121,7 +128,7 @@ class _Source:
         if where is None:
             return np.asarray(self.dense[path])
         head, name = path.split(f"{where}/", 1)
-        is_expert = re.fullmatch(r"moe/experts/(w_\w+)_E(\w+)", name)
+        is_expert = self.copied.fullmatch(name)
         if name.startswith("moe/") and not is_expert:
             return None
         if is_expert:
