@@ -25,7 +25,7 @@ from flax import nnx
 from moe_jax import files
 from moe_jax.config import Config
 from moe_jax.data.documents import fingerprint_of
-from moe_jax.data.vocabularies import EOS_ID, PAD_ID, UNKNOWN_ID, Vocabulary
+from moe_jax.data.vocabularies import Vocabulary
 from moe_jax.errors import UserError
 from moe_jax.models.decoder import Decoder, is_stacked, left_neighbours, moe_layer_paths
 from moe_jax.nn.groups import GroupLayout
@@ -419,7 +419,6 @@ def _by_layer(name: str) -> bool:
 
 def token_texts(vocabulary: Vocabulary) -> tuple[str, ...]:
     """The text of every id, for people: ids without text and single bytes of longer characters get a name in <>."""
-    names = {PAD_ID: "<start>", EOS_ID: "<end>", UNKNOWN_ID: "<unknown>"}
+    names = {vocabulary.unknown_id: "<unknown>", vocabulary.begin_id: "<start>", vocabulary.eos_id: "<end>"}
     texts = (vocabulary.decode([number]) for number in range(vocabulary.vocab_size))
-    shown = (f"<{number}>" if text in ("", "\ufffd") else text for number, text in enumerate(texts))
-    return tuple(names.get(number, text) for number, text in enumerate(shown))
+    return tuple(names.get(number, f"<{number}>") if text in ("", "\ufffd") else text for number, text in enumerate(texts))

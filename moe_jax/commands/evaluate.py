@@ -153,7 +153,8 @@ def _scored(path, task, items, trained, params, bias_LE, step, placed):
 
 def _log_likelihoods(trained, params, bias_LE, texts):
     from moe_jax.inference.scoring import log_likelihoods
-    return log_likelihoods(params, bias_LE, texts, trained.config, trained.vocab_size, trained.mesh)
+    return log_likelihoods(params, bias_LE, texts, trained.config, trained.vocab_size, trained.mesh,
+                           trained.data.vocabulary.begin_id)
 
 
 def _print_perplexity(result) -> None:

@@ -99,7 +99,7 @@ class Batches:
     """Batches of one split of a store.
 
     Every batch is a dict of arrays [B, S], B = config.batch_size, S = config.sequence_length:
-      input_ids int32     the targets shifted right inside each segment, 0 at its start
+      input_ids int32     the targets shifted right inside each segment, `begin_id` at its start
       target_ids int32    the tokens to predict; 0 in padding
       valid bool          a real token is here
       segment_ids int32   1, 2, … for the documents packed into the row; 0 in padding
@@ -117,15 +117,16 @@ class Batches:
     split is finite and its last batch is padded.
 
     recipes: of another objective than the causal one (`objectives.recipes_of`). The validation split is then as endless as
-    the training split, and `num_batches` read as much text as it has.
+    the training split, and `num_batches` read as much text as it has. begin_id: the vocabulary's.
 
     Raises:
       CorpusError: bad domain weights, or a weighted domain that has no training documents.
     """
 
-    def __init__(self, store: TokenStore, config, split: str, recipes: Sequence[Recipe] = ()):
+    def __init__(self, store: TokenStore, config, split: str, recipes: Sequence[Recipe] = (),
+                 begin_id: int = PAD_ID):
         self.split, self.batch_size, self.sequence_length = split, config.batch_size, config.sequence_length
-        self.target_length = config.target_length
+        self.target_length, self.begin_id = config.target_length, begin_id
         self.tokens = store.splits[split]
         self.domains = store.domains
         self.recipes, self.padding = tuple(recipes), padding_of(config)
@@ -288,7 +289,7 @@ class Batches:
         starts_BS[:, 1:] = serial_BS[:, 1:] != serial_BS[:, :-1]
         input_BS = np.zeros_like(target_BS)
         input_BS[:, 1:] = target_BS[:, :-1]
-        input_BS[starts_BS] = PAD_ID
+        input_BS[starts_BS] = self.begin_id
         place_S = np.arange(self.sequence_length, dtype=np.int32)
         begin_BS = np.maximum.accumulate(np.where(starts_BS, place_S, np.int32(0)), axis=1)
         return {
@@ -455,10 +456,11 @@ def open_data(config, workdir: str) -> Data:
 def data_of_store(store: TokenStore, vocabulary: Vocabulary, config) -> Data:
     """The two splits of a store as batches; says how many documents are longer than the context."""
     recipes, vocabulary = recipes_of(config, vocabulary)
-    train, validation = Batches(store, config, TRAIN, recipes), Batches(store, config, VALIDATION, recipes)
+    begin = vocabulary.begin_id
+    train, validation = (Batches(store, config, split, recipes, begin) for split in (TRAIN, VALIDATION))
     objective_validation = None
     if recipes and not config.target_length:
-        validation, objective_validation = Batches(store, config, VALIDATION), validation
+        validation, objective_validation = Batches(store, config, VALIDATION, begin_id=begin), validation
     longer = int((np.diff(train.tokens.offsets_D) > config.sequence_length).sum())
     log.info(
         "data: %d tokens for training (%d steps per epoch), %d for validation; %d of %d documents are longer than %d "

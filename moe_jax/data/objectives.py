@@ -143,6 +143,9 @@ class Recipe:
     mode_ids: tuple[int, ...]
     first_sentinel: int
     ends: bool
+    # Not in the text of a recipe, which is part of the data's fingerprint: a vocabulary's fingerprint has them.
+    begin_id: int = dataclasses.field(default=PAD_ID, repr=False)
+    end_id: int = dataclasses.field(default=EOS_ID, repr=False)
 
     @property
     def least(self) -> int:
@@ -194,7 +197,7 @@ class Recipe:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets), int32; together `example_length(len(tokens))`. `rooms`: for each of the two, which they fit
         (:meth:`fits`)."""
-        denoiser, end = self.denoiser, np.full(int(self.ends), EOS_ID, np.int32)
+        denoiser, end = self.denoiser, np.full(int(self.ends), self.end_id, np.int32)
         if denoiser.mean_span:
             inputs, targets = span_corruption(tokens, denoiser.rate, denoiser.mean_span, self.first_sentinel, bits)
         else:
@@ -215,7 +218,7 @@ def recipes_of(config, vocabulary: Vocabulary) -> tuple[tuple[Recipe, ...], Voca
     ends = config.objective != "prefix_lm" or config.target_length > 0
     for denoiser in denoisers_of(config):
         mode_ids = tuple(int(token) for token in vocabulary.encode(denoiser.mode)) if denoiser.mode else ()
-        recipe = Recipe(denoiser, mode_ids, 0, ends)
+        recipe = Recipe(denoiser, mode_ids, 0, ends, vocabulary.begin_id, vocabulary.eos_id)
         if not recipe.text_of_row(config):
             if config.target_length:
                 raise CorpusError(
@@ -238,7 +241,7 @@ def recipes_of(config, vocabulary: Vocabulary) -> tuple[tuple[Recipe, ...], Voca
         )
     if needed:
         vocabulary = with_extra_ids(vocabulary, config.sentinels or needed)
-    return tuple(dataclasses.replace(r, first_sentinel=vocabulary.vocab_size - 1) for r in found), vocabulary
+    return tuple(dataclasses.replace(r, first_sentinel=vocabulary.first_sentinel) for r in found), vocabulary
 
 
 def fill_row(
@@ -254,7 +257,7 @@ def fill_row(
     """
     begin, segment, length = 0, 0, len(row["valid"])
     for tokens, domain, document in pieces:
-        if recipe.ends and len(tokens) and tokens[-1] == EOS_ID:
+        if recipe.ends and len(tokens) and tokens[-1] == recipe.end_id:
             tokens = tokens[:-1]
         fitting = recipe.longest(length - begin, len(tokens))
         if not fitting:
@@ -264,7 +267,7 @@ def fill_row(
         here = slice(begin, end)
         row["target_ids"][here] = np.concatenate([inputs, targets])
         row["input_ids"][begin + 1 : end] = row["target_ids"][begin : end - 1]
-        row["input_ids"][begin] = PAD_ID
+        row["input_ids"][begin] = recipe.begin_id
         row["valid"][here], row["segment_ids"][here] = True, segment
         row["positions"][here] = np.arange(end - begin)
         row["domain_ids"][here], row["document_ids"][here] = domain, document
@@ -288,7 +291,7 @@ def fill_pair(
     """
     given, written, segment = 0, 0, 0
     for tokens, domain, document in pieces:
-        if len(tokens) and tokens[-1] == EOS_ID:
+        if len(tokens) and tokens[-1] == recipe.end_id:
             tokens = tokens[:-1]
         rooms = len(row["encoder_valid"]) - given, len(row["valid"]) - written
         fitting = recipe.longest_pair(*rooms, len(tokens))
@@ -303,7 +306,7 @@ def fill_pair(
             row[f"{side}domain_ids"][here], row[f"{side}document_ids"][here] = domain, document
         row["encoder_input_ids"][given : given + len(inputs)] = inputs
         row["target_ids"][written : written + len(targets)] = targets
-        row["input_ids"][written : written + len(targets)] = np.concatenate([[PAD_ID], targets[:-1]])
+        row["input_ids"][written : written + len(targets)] = np.concatenate([[recipe.begin_id], targets[:-1]])
         given, written = given + len(inputs), written + len(targets)
 
 

@@ -19,7 +19,7 @@ from moe_jax.config import Config, ConfigError
 from moe_jax.data.batches import empty_batch, join_rows
 from moe_jax.data.documents import CorpusError, Document
 from moe_jax.data.questions import Question
-from moe_jax.data.vocabularies import EOS_ID, Vocabulary
+from moe_jax.data.vocabularies import PAD_ID, Vocabulary
 from moe_jax.errors import UserError
 from moe_jax.nn.moe import RoutingMode
 from moe_jax.sharding import compiler_options, local_rows
@@ -45,11 +45,12 @@ def check_scorable(config: Config) -> None:
 
 
 def log_likelihoods(params: Any, bias_LE: jax.Array, texts: Sequence[Text], config: Config, vocab_size: int,
-                    mesh: jax.sharding.Mesh) -> np.ndarray:
+                    mesh: jax.sharding.Mesh, begin_id: int = PAD_ID) -> np.ndarray:
     """Natural logarithm of the probability of each text's tokens beyond the given ones, fp64 ``[len(texts)]``.
 
     Args:
       texts: at least one and at most ``data.sequence_length`` tokens each.
+      begin_id: stands before a text's first token.
 
     Raises:
       UserError: the model's outputs are not finite.
@@ -64,7 +65,7 @@ def log_likelihoods(params: Any, bias_LE: jax.Array, texts: Sequence[Text], conf
         in_row[row].append((number, begin))
     for first in range(0, rows, batch_size):
         here = in_row[first : first + batch_size]
-        batch = _batch(here, texts, config)
+        batch = _batch(here, texts, config, begin_id)
         own = join_rows([{name: value[part] for name, value in batch.items()} for part in local_rows(mesh, batch_size)])
         score_BS = np.asarray(jax.device_get(function(params, put_batch(own, mesh, batch_size), bias_LE)), np.float64)
         for row, inside in enumerate(here):
@@ -87,7 +88,7 @@ def packed(lengths: Sequence[int], row: int) -> list[tuple[int, int]]:
     return places
 
 
-def _batch(rows, texts, config) -> dict[str, np.ndarray]:
+def _batch(rows, texts, config, begin_id) -> dict[str, np.ndarray]:
     """The rows as :mod:`moe_jax.data.batches` lays them out, with ``is_target``; the last batch has empty rows."""
     batch = empty_batch(config.data.batch_size, config.data.sequence_length)
     batch["is_target"] = np.zeros_like(batch["valid"])
@@ -99,7 +100,7 @@ def _batch(rows, texts, config) -> dict[str, np.ndarray]:
             end = begin + len(text.ids)
             batch["target_ids"][row, begin:end] = text.ids
             batch["input_ids"][row, begin + 1 : end] = text.ids[:-1]
-            batch["input_ids"][row, begin] = 0
+            batch["input_ids"][row, begin] = begin_id
             batch["valid"][row, begin:end] = True
             batch["segment_ids"][row, begin:end] = segment
             batch["positions"][row, begin:end] = np.arange(len(text.ids))
@@ -142,7 +143,7 @@ def perplexity(documents: Sequence[Document], vocabulary: Vocabulary, score: Any
       ``documents``, ``cut`` (documents longer than the model's length), the same by domain in ``domains``, and ``items``:
       domain, name, log_likelihood, tokens and bytes of each.
     """
-    parts = [windows(np.append(vocabulary.encode(document.text), EOS_ID).astype(np.int32), length) for document in documents]
+    parts = [windows(np.append(vocabulary.encode(document.text), vocabulary.end_ids[:1]).astype(np.int32), length) for document in documents]
     scores = iter(score([part for texts in parts for part in texts]))
     items = [{"name": document.name, "domain": document.domain, "log_likelihood": float(sum(next(scores) for _ in texts)),
               "tokens": sum(len(part.ids) for part in texts), "bytes": document.num_bytes, "cut": len(texts) > 1}

@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 
 from moe_jax.config import Config, resolve
-from moe_jax.data.vocabularies import load_vocabulary, sentencepiece_size
+from moe_jax.data.imported_vocabularies import IDS, special_ids
+from moe_jax.data.vocabularies import EOS_ID, PAD_ID, load_vocabulary, sentencepiece_size
 from moe_jax.files import write_json, write_text
 from moe_jax.interop.huggingface import FAMILIES, family_of, to_config
 from moe_jax.interop.reading import Checkpoint, open_checkpoint, parameter_shapes, tensors_of, with_progress
@@ -36,6 +37,8 @@ ORIGIN = "huggingface"
 _COMPANIONS = re.compile(r"tokenizer.*|.*\.model|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
                          r"generation_config\.json|chat_template.*|.*\.tiktoken|preprocessor_config\.json")
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+# Special ids of a run that was trained here: those of the vocabularies here.
+_SPECIAL = {"bos_token_id": PAD_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
 # A leaf of a state that is no parameter and no larger than this is computed; what is larger mirrors parameters.
 _SMALL = 1 << 16
 
@@ -91,7 +94,7 @@ def _vocabulary(source: pathlib.Path, target: pathlib.Path) -> dict[str, Any]:
     if (source / "tokenizer.json").is_file():
         return {"data.vocabulary": f"tokenizer:{target / ORIGIN / 'tokenizer.json'}"}
     size = family_of(settings, str(source / "config.json")).model_settings(settings).get("vocab_size")
-    return {"data.vocabulary": f"ids:{size}"}
+    return {"data.vocabulary": f"{IDS}{size}{special_ids(source)}"}
 
 
 def _vocabulary_fingerprint(config: Config) -> str:
@@ -193,7 +196,8 @@ def settings_of(family: Family, config: Config, vocab_size: int, dtype: str, ori
     ours = family.from_config(config, vocab_size)
     kept = family.model_settings(origin) if origin else {}
     dropped = {"rope_parameters", "dtype", "quantization_config", "transformers_version", "text_config", "vision_config"}
-    return {**{name: value for name, value in kept.items() if name not in dropped}, **ours,
+    special = {name: kept[name] for name in (*_SPECIAL, "decoder_start_token_id") if name in kept}
+    return {**({} if kept else _SPECIAL), **{name: value for name, value in kept.items() if name not in dropped}, **ours, **special,
             "architectures": [family.architectures[0]], "model_type": family.model_types[0], "torch_dtype": dtype}
 
 

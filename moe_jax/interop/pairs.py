@@ -15,8 +15,10 @@ from moe_jax.interop.table import Family, Rule
 _PLAIN = {"relu": "relu", "gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "silu": "silu", "swish": "silu"}
 # Input tables of the two sides, which a file may hold beside the shared one.
 _TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# Rows for further training: what the families were trained on is not here, span corruption is T5's.
-_ROWS = {"data.objective": "span_corruption", "data.sequence_length": 512, "data.target_length": 114}
+# Rows for further training: what the families were trained on is not here. Span corruption is T5's; NLLB's tokenizer has no
+# sentinels.
+_SPANS = {"data.objective": "span_corruption", "data.sequence_length": 512, "data.target_length": 114}
+_ENDS = {"data.objective": "prefix_lm", "data.sequence_length": 512, "data.target_length": 256}
 
 
 def _activation(settings: Settings, name: str) -> Overrides:
@@ -157,7 +159,7 @@ def _switch_config(settings: Settings) -> Overrides:
         "attention.positions": "relative",
         "attention.relative_buckets": settings.number("relative_attention_num_buckets", 32),
         "attention.relative_distance": settings.number("relative_attention_max_distance", 128),
-        **mixtures, **(routing if mixtures["moe.num_experts"] else {}), **_ROWS}
+        **mixtures, **(routing if mixtures["moe.num_experts"] else {}), **_SPANS}
 
 
 def _sparse_count(layers: tuple[int, ...], total: int) -> int:
@@ -233,7 +235,7 @@ def _nllb_config(settings: Settings) -> Overrides:
         "model.tie_embedding": tied, **({"model.scaled_tied_logits": False} if tied else {}),
         "model.embedding_scale": bool(settings.value("scale_embedding", True)), **_activation(settings, "activation_function"),
         "attention.bias": "all", "attention.positions": "sinusoidal", "attention.first_position": settings.value("pad_token_id", 1) + 1,
-        **mixtures, **(_nllb_routing(settings, width, experts) if mixtures["moe.num_experts"] else {}), **_ROWS}
+        **mixtures, **(_nllb_routing(settings, width, experts) if mixtures["moe.num_experts"] else {}), **_ENDS}
 
 
 def _every(step: int | None, layers: int) -> list[int]:

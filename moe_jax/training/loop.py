@@ -337,13 +337,11 @@ class _Trainer:
             say_result(evaluation)
 
     def _samples(self) -> list[dict[str, str]]:
-        from moe_jax.inference.generate import generate
-        vocabulary, training = self.run.data.vocabulary, self.config.training
-        prompts = training.sample_prompts.split("|")
-        ids = generate(evaluated_params(self.state), self.config, self.run.vocab_size,
-                       [np.asarray(vocabulary.encode(prompt)).tolist() for prompt in prompts], training.sample_length,
-                       bias_LE=self.state["router_bias_LE"], eos_id=vocabulary.eos_id, used_ids=vocabulary.vocab_size)
-        return [{"prompt": prompt, "text": vocabulary.decode(sample)} for prompt, sample in zip(prompts, ids)]
+        from moe_jax.inference.generate import generate_texts
+        prompts = self.config.training.sample_prompts.split("|")
+        texts = generate_texts(evaluated_params(self.state), self.config, self.run.vocab_size, self.run.data.vocabulary, prompts,
+                               self.config.training.sample_length, bias_LE=self.state["router_bias_LE"])
+        return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
 
 
 class _Window:
