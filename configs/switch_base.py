@@ -4,7 +4,7 @@ As published: T5's encoder and decoder of 12 layers each with 12 heads and relat
 layer), vocabulary, span corruption of rows of 512, top-1 by softmax, capacity 1.25, jitter 0.01, balancing 0.01,
 initialisation 0.1, Adafactor with 1/√step, 2^20 tokens per batch for 550,000 steps. Examples are packed, as T5's.
 
-    moe-jax plan --config=configs/switch_base.py --slice=v5e-16
+    moe-jax plan --config=configs/switch_base.py --slice=v5e-32
 """
 
 from ml_collections import ConfigDict

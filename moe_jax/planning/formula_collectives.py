@@ -115,11 +115,11 @@ def _gradient(make, leaf, name):
 
 
 def _relative_positions(make):
-    """What is added to the scores of all rows: [H_tensor, S, S], its gradient reduced layer by layer."""
+    """What is added to the scores of all rows: [H_tensor, S, S], its gradient reduced for all layers of a stack at once."""
     config, share = make.config, make.share
     if make.training and config.attention.positions == "relative":
         shape = (config.model.num_heads // share.sizes["tensor"], share.row, share.row)
-        yield make("all-reduce", TOKEN_AXES, shape, 4, len(share.kinds), "gradient of relative positions")
+        yield make("all-reduce", TOKEN_AXES, shape, 4, 1, "gradient of relative positions")
 
 
 def _shape(leaf, parts):
