@@ -33,7 +33,8 @@ DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("README.md"), *ROOT.glob
                     *ROOT.glob("experiments/README.md")])
 RECIPE = ROOT / "docs/adding_a_router.md"
 # Files that the recipe tells the reader to write.
-TO_BE_WRITTEN = ("moe_jax/routing/grouped_top_k.py", "tests/test_grouped_top_k.py", "moe_jax/analysis/gate_shares.py")
+TO_BE_WRITTEN = ("moe_jax/routing/grouped_top_k.py", "tests/test_grouped_top_k.py", "moe_jax/analysis/gate_shares.py",
+                 "configs/sample_tiny.py")
 
 # Options of gcloud, XPK and Slurm that docs/tpu.md explains.
 OPTIONS_OF_OTHERS = {"--max-restarts", "--node-count", "--node-id", "--num-slices", "--requeue", "--script-dir", "--worker"}
