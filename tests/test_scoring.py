@@ -10,11 +10,13 @@ import pytest
 import tiny
 from running import moe_jax, overrides, write_corpus
 
+from moe_jax.config import ConfigError
 from moe_jax.data.documents import CorpusError, Document
-from moe_jax.data.questions import Question, documents, questions, task_of
+from moe_jax.data.questions import Question, documents, is_given, questions, targets, task_of
 from moe_jax.data.vocabularies import ByteVocabulary
 from moe_jax.errors import UserError
-from moe_jax.inference.scoring import Text, log_likelihoods, multiple_choice, packed, perplexity, texts_of, windows
+from moe_jax.inference.scoring import (
+    Text, check_scorable, log_likelihoods, multiple_choice, packed, perplexity, perplexity_given, texts_of, windows)
 
 __all__ = ["moe_jax"]
 CONFIG = tiny.config(model_num_layers=2, moe_every=1)
@@ -85,6 +87,71 @@ def test_a_broken_model_is_told():
         log_likelihoods(tiny.placed(broken, tiny.ONE), tiny.no_bias(CONFIG), TEXTS[:1], CONFIG, tiny.VOCAB, tiny.ONE)
 
 
+# Encoder–decoders.
+
+PAIRS = tiny.config(model_num_layers=2, model_encoder_layers=2, model_num_kv_heads=4, attention_positions="relative",
+                    attention_relative_buckets=8, attention_relative_distance=10, data_objective="span_corruption",
+                    data_target_length=12, moe_every=1)
+
+
+def pair_alone(config, text, begin_id):
+    """By the plain forward pass of one row, token by token."""
+    batch = {"encoder_input_ids": np.zeros((8, 16), np.int32), "input_ids": np.zeros((8, 12), np.int32)}
+    batch["encoder_input_ids"][0, : len(text.read)] = text.read
+    batch["input_ids"][0, : len(text.ids)] = [begin_id, *text.ids[:-1]]
+    for side, size in (("encoder_", len(text.read)), ("", len(text.ids))):
+        batch[f"{side}valid"] = np.arange(batch[f"{side}input_ids"].shape[1]) < np.array([size] + 7 * [0])[:, None]
+        batch[f"{side}segment_ids"] = batch[f"{side}valid"].astype(np.int32)
+        batch[f"{side}positions"] = np.cumsum(batch[f"{side}valid"], axis=1, dtype=np.int32) - batch[f"{side}valid"]
+    logits_SV = np.asarray(tiny.logits(config, tiny.params(config), batch)[0], np.float64)
+    return sum(logits_SV[place, number] - np.log(np.sum(np.exp(logits_SV[place]))) for place, number in enumerate(text.ids))
+
+
+def test_what_is_written_is_scored_given_what_is_read():
+    draw = lambda size: DRAW.integers(1, tiny.VOCAB, size).astype(np.int32)
+    texts = [Text(draw(written), 0, draw(read)) for read, written in ((16, 5), (3, 12), (9, 1), (1, 7))] * 3
+    with jax.set_mesh(tiny.ONE):
+        found = log_likelihoods(tiny.placed(tiny.params(PAIRS), tiny.ONE), tiny.no_bias(PAIRS), texts, PAIRS, tiny.VOCAB, tiny.ONE, 4)
+    np.testing.assert_allclose(found[:4], [pair_alone(PAIRS, text, 4) for text in texts[:4]], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, np.tile(found[:4], 3), rtol=1e-6)
+
+
+def test_an_encoder_reads_the_question_and_the_decoder_writes_the_choice():
+    texts, cut = texts_of(question("abcdef", "12", "3"), ByteVocabulary(), 5, 4)
+    ids = lambda text: [byte + 3 for byte in text.encode()] + [1]
+    assert cut and [text.read.tolist() for text in texts] == 2 * [ids("cdef")] and all(text.given == 0 for text in texts)
+    assert [text.ids.tolist() for text in texts] == [ids("12"), ids("3")]
+    with pytest.raises(CorpusError, match="file, line 1: what is to be written has more tokens than the 4"):
+        texts_of(question("a", "1234", "1"), ByteVocabulary(), 5, 4)
+
+
+@pytest.mark.parametrize("target_length", [0, 8])
+def test_perplexity_of_targets_by_hand(target_length):
+    """Of a decoder input and target are one text, of an encoder–decoder two: what is predicted is the same."""
+    items = [Question("ab", ("cd",), 0, "x", "l1"), Question("", ("é",), 0, "y", "l2")]
+    found = perplexity_given(items, ByteVocabulary(), by_id, 16, target_length)
+    nats = [(sum(byte + 3 for byte in text.encode()) + 1) / 100 for text in ("cd", "é")]
+    assert found["ce"] == pytest.approx(sum(nats) / 6) and (found["tokens"], found["bytes"], found["cut"]) == (6, 4, 0)
+    assert [item["log_likelihood"] for item in found["items"]] == pytest.approx([-value for value in nats])
+
+
+def test_a_text_alone_has_no_likelihood_under_an_encoder_decoder():
+    with pytest.raises(ConfigError, match='write lines with "input" and "target"'):
+        check_scorable(PAIRS, [Document("a", "x", "1")])
+    check_scorable(PAIRS, [question("a", "b", "c")])
+    check_scorable(CONFIG, [Document("a", "x", "1")])
+
+
+def test_lines_with_a_target(tmp_path):
+    path = written(tmp_path / "t.jsonl", json.dumps({"input": "a", "target": "b", "domain": "x"}), json.dumps({"target": "c"}))
+    assert is_given(path) and task_of(path) == "perplexity"
+    assert targets(path) == [Question("a", ("b",), 0, "x", f"{path}, line 1"), Question("", ("c",), 0, "default", f"{path}, line 2")]
+    for line, words in (({"input": "a"}, '"target" must be a string, not empty, not None'), ({"input": 1, "target": "b"}, '"input" must')):
+        bad = written(tmp_path / "bad.jsonl", json.dumps({"target": "c"}), json.dumps(line))
+        with pytest.raises(CorpusError, match=f"line 2: {words}"):
+            targets(bad)
+
+
 # Documents.
 
 
@@ -137,6 +204,8 @@ def test_of_equal_choices_the_first_is_taken():
 
 class PairVocabulary:
     """Two characters are one token, a last single one is another."""
+
+    end_ids = (1,)
 
     def encode(self, text):
         return np.array([int.from_bytes(text[place : place + 2].encode()) for place in range(0, len(text), 2)], np.int32)

@@ -17,8 +17,8 @@ def add(commands) -> None:
                            overrides=True)
     add_workdir(evaluate)
     add_devices(evaluate)
-    evaluate.add_argument("--data", default="", metavar="FILE.jsonl", help='other text: each line an object with "text", or '
-                          'with "context", "choices" and "answer" (the index of the right one), and perhaps "domain" '
+    evaluate.add_argument("--data", default="", metavar="FILE.jsonl", help='other text: each line an object with "text", with '
+                          '"input" and "target", or with "context", "choices" and "answer" (the index of the right one), and perhaps "domain" '
                           "(docs/evaluation.md)")
     evaluate.add_argument("--task", default="", help=f"what --data holds: {' or '.join(_TASKS)} (default: as its first line "
                           "looks)")
@@ -131,23 +131,30 @@ def _print_evaluation(result) -> None:
 
 
 def _read(path, task, text_field="text"):
-    """(task, its documents or questions)."""
+    """(task, its documents, texts given others, or questions)."""
     from moe_jax.data import questions
 
     task = task or questions.task_of(path)
     if task == questions.CHOICES:
         return task, questions.questions(path)
+    if text_field == "text" and questions.is_given(path):
+        return task, questions.targets(path)
     return task, questions.documents(path, text_field)
 
 
 def _scored(path, task, items, trained, params, bias_LE, step, placed):
+    from moe_jax.data.documents import Document
     from moe_jax.inference import scoring
 
     del placed  # acts through the parameters
-    scoring.check_scorable(trained.config)
+    scoring.check_scorable(trained.config, items)
     score = functools.partial(_log_likelihoods, trained, params, bias_LE)
-    function = scoring.multiple_choice if task == "choices" else scoring.perplexity
-    found = function(items, trained.data.vocabulary, score, trained.config.data.sequence_length)
+    vocabulary, data = trained.data.vocabulary, trained.config.data
+    if isinstance(items[0], Document):
+        found = scoring.perplexity(items, vocabulary, score, data.sequence_length)
+    else:
+        function = scoring.multiple_choice if task == "choices" else scoring.perplexity_given
+        found = function(items, vocabulary, score, data.sequence_length, data.target_length)
     return {"step": step, "task": task, "data": path, **found}
 
 
@@ -163,7 +170,9 @@ def _print_perplexity(result) -> None:
     for name, part in result["domains"].items():
         print(f"  {name:<16} {_text(part)}, perplexity {part['perplexity']:.4g}; {part['documents']:,} documents, "
               f"{part['tokens']:,} tokens")
-    if result["cut"]:
+    if result["cut"] and result.get("given"):
+        print(f"  {result['cut']:,} inputs are longer than the model's rows and lost their beginning")
+    elif result["cut"]:
         print(f"  {result['cut']:,} documents are longer than the model's rows and were read in parts, each from nothing")
 
 

@@ -1,4 +1,4 @@
-"""Lines of a .jsonl file to evaluate on: documents, or questions with answers to choose from."""
+"""Lines of a .jsonl file to evaluate on: documents, texts given others, or questions with answers to choose from."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,8 @@ TASKS = (PERPLEXITY, CHOICES)
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """context: what is given, perhaps ''. choices: texts that may follow it directly, at least two. answer: index of the right
+    """context: what is given, perhaps ''. choices: texts that may follow it directly, at least two, or the
+    one that does. answer: index of the right
     one. where: file and line, for messages."""
 
     context: str
@@ -30,6 +31,28 @@ def task_of(path: str) -> str:
     for _, record in itertools.islice(_records(path), 1):
         return CHOICES if "choices" in record else PERPLEXITY
     raise CorpusError(f"{path}: has no lines; each must be one JSON object")
+
+
+def is_given(path: str) -> bool:
+    """Whether the first line has a "target" instead of a "text". Raises CorpusError."""
+    return any("target" in record for _, record in itertools.islice(_records(path), 1))
+
+
+def targets(path: str) -> list[Question]:
+    """Each line's ``{"input": …, "target": …, "domain": …}`` as a question with one choice.
+
+    Raises:
+      CorpusError: a line that is no such object, naming file and line.
+    """
+    return [_target(record, where) for where, record in _records(path)]
+
+
+def _target(record: dict[str, Any], where: str) -> Question:
+    given, target, domain = record.get("input", ""), record.get("target"), record.get("domain", DEFAULT_DOMAIN)
+    for name, value in (("input", given), ("target", target), ("domain", domain)):
+        if not isinstance(value, str) or (name == "target" and not value):
+            raise CorpusError(f'{where}: "{name}" must be a string{", not empty" if name == "target" else ""}, not {value!r}')
+    return Question(replace_surrogates(given), (replace_surrogates(target),), 0, replace_surrogates(domain), where)
 
 
 def documents(path: str, text_field: str) -> list[Document]:

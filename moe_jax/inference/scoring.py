@@ -1,7 +1,7 @@
 """How likely texts are under a model: perplexity of documents, and questions answered by their likeliest choice.
 
-Texts are packed into rows of the model's length, each a segment of its own: every number is that of the text alone. Routing is
-causal and dropless (:meth:`moe_jax.nn.moe.RoutingMode.causal`), whatever the model was trained with.
+Texts are packed into rows of the model's length, each a segment of its own: every number is that of the text alone. What an
+encoder–decoder writes is scored given what its encoder reads, one pair to a row. Routing is causal and dropless (:meth:`moe_jax.nn.moe.RoutingMode.causal`), whatever the model was trained with.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import Config, ConfigError
-from moe_jax.data.batches import empty_batch, join_rows
+from moe_jax.data.batches import ENCODER_PADDING, empty_batch, join_rows
 from moe_jax.data.documents import CorpusError, Document
 from moe_jax.data.questions import Question
 from moe_jax.data.vocabularies import PAD_ID, Vocabulary
@@ -31,17 +31,20 @@ from moe_jax.training.step import Batch, forward
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Tokens int32 ``[n]``, the first ``given`` of which are read and not predicted."""
+    """Tokens int32 ``[n]``, the first ``given`` of which are read and not predicted; ``read`` ``[m]`` by the encoder, if there is
+    one."""
 
     ids: np.ndarray
     given: int = 0
+    read: np.ndarray | None = None
 
 
-def check_scorable(config: Config) -> None:
-    """Refuses, with ConfigError, a model that does not continue texts."""
-    if config.model.encoder_layers:
-        raise ConfigError(f"model.encoder_layers={config.model.encoder_layers}: texts are scored by models that read them from "
-                          f"left to right; an encoder–decoder is not one.")
+def check_scorable(config: Config, items: Sequence[Document | Question]) -> None:
+    """Refuses, with ConfigError, documents for an encoder–decoder, which says only how likely a text is given another."""
+    if config.model.encoder_layers and isinstance(items[0], Document):
+        raise ConfigError(f"model.encoder_layers={config.model.encoder_layers}: an encoder–decoder writes one text given another, so a "
+                          f'"text" alone has no likelihood; write lines with "input" and "target", or questions with "context", '
+                          f'"choices" and "answer".')
 
 
 def log_likelihoods(params: Any, bias_LE: jax.Array, texts: Sequence[Text], config: Config, vocab_size: int,
@@ -49,13 +52,17 @@ def log_likelihoods(params: Any, bias_LE: jax.Array, texts: Sequence[Text], conf
     """Natural logarithm of the probability of each text's tokens beyond the given ones, fp64 ``[len(texts)]``.
 
     Args:
-      texts: at least one and at most ``data.sequence_length`` tokens each.
+      texts: at least one and at most ``data.sequence_length`` tokens each; of an encoder–decoder at most ``data.target_length``,
+        and at most ``data.sequence_length`` to be read.
       begin_id: stands before a text's first token.
 
     Raises:
       UserError: the model's outputs are not finite.
     """
-    places = packed([len(text.ids) for text in texts], config.data.sequence_length)
+    if config.model.encoder_layers:
+        places = [(number, 0) for number in range(len(texts))]
+    else:
+        places = packed([len(text.ids) for text in texts], config.data.sequence_length)
     scores = np.zeros(len(texts))
     function = processes.compiled_together(_scores(config, vocab_size), "scoring of texts")
     batch_size = config.data.batch_size
@@ -90,7 +97,10 @@ def packed(lengths: Sequence[int], row: int) -> list[tuple[int, int]]:
 
 def _batch(rows, texts, config, begin_id) -> dict[str, np.ndarray]:
     """The rows as :mod:`moe_jax.data.batches` lays them out, with ``is_target``; the last batch has empty rows."""
-    batch = empty_batch(config.data.batch_size, config.data.sequence_length)
+    data = config.data
+    batch = empty_batch(data.batch_size, data.target_length or data.sequence_length)
+    if config.model.encoder_layers:
+        batch |= empty_batch(data.batch_size, data.sequence_length, ENCODER_PADDING)
     batch["is_target"] = np.zeros_like(batch["valid"])
     if config.data.prefix_attention == "bidirectional":
         batch["in_prefix"] = np.zeros_like(batch["valid"])
@@ -105,6 +115,10 @@ def _batch(rows, texts, config, begin_id) -> dict[str, np.ndarray]:
             batch["segment_ids"][row, begin:end] = segment
             batch["positions"][row, begin:end] = np.arange(len(text.ids))
             batch["is_target"][row, begin + text.given : end] = True
+            if text.read is not None:
+                here = slice(len(text.read))
+                batch["encoder_input_ids"][row, here], batch["encoder_positions"][row, here] = text.read, np.arange(len(text.read))
+                batch["encoder_valid"][row, here], batch["encoder_segment_ids"][row, here] = True, segment
             if "in_prefix" in batch and text.given:
                 # As in training: one place more, where the last given token is read.
                 batch["in_prefix"][row, begin : begin + text.given + 1] = True
@@ -151,6 +165,17 @@ def perplexity(documents: Sequence[Document], vocabulary: Vocabulary, score: Any
     return {**_by_domain(items, _perplexity), "items": items}
 
 
+def perplexity_given(questions: Sequence[Question], vocabulary: Vocabulary, score: Any, length: int,
+                     target_length: int = 0) -> dict[str, Any]:
+    """As :func:`perplexity` of the one choice of each question, its end included, given the context, which ``given`` says; ``cut``
+    are contexts that lost their beginning. ``items`` have ``where`` in place of a name."""
+    texts, cut = zip(*(texts_of(question, vocabulary, length, target_length, ended=True) for question in questions))
+    items = [{"where": question.where, "domain": question.domain, "log_likelihood": float(found), "tokens": len(text.ids) - text.given,
+              "bytes": len(question.choices[0].encode("utf-8", "replace")), "cut": was_cut}
+             for question, (text,), was_cut, found in zip(questions, texts, cut, score([text for (text,) in texts]))]
+    return {"given": True, **_by_domain(items, _perplexity), "items": items}
+
+
 def _perplexity(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     total = {name: sum(item[name] for item in items) for name in ("log_likelihood", "tokens", "bytes", "cut")}
     ce = -total["log_likelihood"] / total["tokens"]
@@ -162,8 +187,12 @@ def _perplexity(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # Questions.
 
 
-def texts_of(question: Question, vocabulary: Vocabulary, length: int) -> tuple[list[Text], bool]:
+def texts_of(question: Question, vocabulary: Vocabulary, length: int, target_length: int = 0,
+             ended: bool = False) -> tuple[list[Text], bool]:
     """The question with each of its choices, and whether its beginning had to be cut off.
+
+    With ``target_length``, an encoder–decoder's, the encoder reads the context and the decoder writes the choice; both end with the
+    end id, as in training. Of a decoder a choice has its end if ``ended``.
 
     Context and choice are tokenised as one text. What all choices leave of the context's own tokens is given, the same for
     all; a token that reaches over the seam is predicted. Where a text is longer than the model's ``length``, its first tokens
@@ -173,13 +202,26 @@ def texts_of(question: Question, vocabulary: Vocabulary, length: int) -> tuple[l
       CorpusError: what is to be predicted alone is longer.
     """
     context = np.asarray(vocabulary.encode(question.context))
-    whole = [np.asarray(vocabulary.encode(question.context + choice), np.int32) for choice in question.choices]
+    if target_length:
+        return _pairs_of(question, context, vocabulary, length, target_length)
+    end = vocabulary.end_ids[:1] if ended else ()
+    whole = [np.append(vocabulary.encode(question.context + choice), end).astype(np.int32) for choice in question.choices]
     given = min(_common(context, ids) for ids in whole)
     excess = max(0, max(map(len, whole)) - length)
     if excess > given:
         raise CorpusError(f"{question.where}: a choice has more tokens than the {length} of the model's rows "
                           f"(data.sequence_length); shorten it")
     return [Text(ids[excess:], given - excess) for ids in whole], excess > 0
+
+
+def _pairs_of(question, context, vocabulary, length, target_length) -> tuple[list[Text], bool]:
+    end = vocabulary.end_ids[:1]
+    read = np.append(context, end).astype(np.int32)
+    written = [np.append(vocabulary.encode(choice), end).astype(np.int32) for choice in question.choices]
+    if max(map(len, written)) > target_length:
+        raise CorpusError(f"{question.where}: what is to be written has more tokens than the {target_length} of the decoder's rows "
+                          f"(data.target_length); shorten it")
+    return [Text(ids, 0, read[-length:]) for ids in written], len(read) > length
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:
@@ -189,7 +231,8 @@ def _common(first: np.ndarray, second: np.ndarray) -> int:
     return int(differing[0]) if len(differing) else size
 
 
-def multiple_choice(questions: Sequence[Question], vocabulary: Vocabulary, score: Any, length: int) -> dict[str, Any]:
+def multiple_choice(questions: Sequence[Question], vocabulary: Vocabulary, score: Any, length: int,
+                    target_length: int = 0) -> dict[str, Any]:
     """Answers each question with the choice of the highest log-likelihood; of equal ones with the first.
 
     Returns:
@@ -197,7 +240,7 @@ def multiple_choice(questions: Sequence[Question], vocabulary: Vocabulary, score
       at random gives; ``questions``; ``cut`` (contexts that lost their beginning); the same by domain in ``domains``, and
       ``items``: where, domain, log_likelihoods, answer, chosen, chosen_normalised and cut of each.
     """
-    texts, cut = zip(*(texts_of(question, vocabulary, length) for question in questions))
+    texts, cut = zip(*(texts_of(question, vocabulary, length, target_length) for question in questions))
     scores = iter(score([text for each in texts for text in each]))
     items = []
     for question, each, was_cut in zip(questions, texts, cut):
