@@ -393,7 +393,8 @@ def test_every_command_knows_a_run_of_it(moe_jax, tmp_path):
     assert (run / "report.html").exists() and read_json(run / "evaluation.json")
     assert "--- step 12" in moe_jax("generate", f"--workdir={run}", "--prompt=apple", "--max-tokens=4").out
     assert moe_jax("analyze", f"--checkpoint={run}", f"--out={tmp_path / 'routing'}", "--batches=1").code == 0
-    placed = moe_jax("place", f"--workdir={run}", "--devices=2", f"--apply={tmp_path / 'placed'}")
+    placed = moe_jax("place", f"--workdir={run}", "--devices=2", f"--apply={tmp_path / 'placed'}",
+                     f"--out={tmp_path / 'placement.json'}")
     assert placed.code == 0, placed.err
     again = moe_jax("eval", f"--workdir={tmp_path / 'placed'}", "--json")
     assert again.code == 0, again.err
