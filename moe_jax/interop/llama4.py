@@ -70,7 +70,8 @@ def _settings(config: Config, vocab_size: int) -> dict[str, Any]:
     return {**size_settings(config, vocab_size, "intermediate_size_mlp"), "intermediate_size": moe.d_ff,
             "num_local_experts": named_experts(config), "num_experts_per_tok": moe.experts_per_token,
             "moe_layers": list(config.moe_layers), "no_rope_layers": [int(layer.rotated) for layer in of_layers],
-            "layer_types": layer_type_names(config), "attention_chunk_size": attention.chunk or None,
+            "layer_types": layer_type_names(config),
+            "attention_chunk_size": attention.chunk or 8192,  # transformers asks for one, also where no layer is chunked
             "use_qk_norm": attention.qk_norm == "unscaled", "attention_bias": attention.bias == "all",
             "attn_temperature_tuning": attention.temperature_scale > 0, "attn_scale": attention.temperature_scale,
             "floor_scale": attention.temperature_floor, "router_aux_loss_coef": moe.balance_weight}
