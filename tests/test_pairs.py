@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from moe_jax.config import resolve
+from moe_jax.interop.convert import export_run, import_checkpoint
 from moe_jax.interop.huggingface import to_config
 from moe_jax.interop.pair_outputs import nllb_losses, switch_losses
 from moe_jax.interop.pairs import own_tables
 from moe_jax.interop.reading import parameter_shapes, tensors_of
+from moe_jax.interop.safetensors_files import read_header, write_file
 from moe_jax.interop.settings import InteropError
 from moe_jax.interop.verify import verify
 
@@ -117,6 +119,27 @@ def test_input_tables_of_their_own():
     family, config = to_config({**SWITCH, "tie_word_embeddings": False}, **overrides)
     _, needed = tensors_of(family, config, parameter_shapes(config, 96))
     assert "encoder.embed_tokens.weight" in needed and "decoder.embed_tokens.weight" in needed and "shared.weight" not in needed
+
+
+@pytest.mark.parametrize("settings, model", [(SWITCH, ""), (NLLB, "model.")], ids=["switch", "nllb"])
+def test_input_tables_of_their_own_and_special_ids_go_back_with_a_checkpoint(settings, model, tmp_path):
+    settings = {**settings, "tie_word_embeddings": False, "is_encoder_decoder": True, "decoder_start_token_id": 5, "eos_token_id": 7,
+                "pad_token_id": 5}
+    family, config = to_config(settings, **{"model.encoder_embedding": True})
+    _, needed = tensors_of(family, config, parameter_shapes(config, 96))
+    random = np.random.default_rng(0)
+    tensors = {name: random.standard_normal(tensor.shape, np.float32) for name, tensor in needed.items()}
+    assert f"{model}encoder.embed_tokens.weight" in tensors
+    (tmp_path / "hf").mkdir()
+    write_file(tmp_path / "hf" / "model.safetensors", tensors)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**settings, "torch_dtype": "float32"}))
+    made = import_checkpoint(tmp_path / "hf", tmp_path / "run")
+    assert made.config.data.vocabulary == "ids:96,begin=5,end=7"
+    export_run(tmp_path / "run", tmp_path / "back")
+    back = {name: entry.read() for name, entry in read_header(tmp_path / "back" / "model.safetensors").items()}
+    assert back.keys() == tensors.keys() and all(np.array_equal(back[name], tensor) for name, tensor in tensors.items())
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert [written[name] for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")] == [5, 7, 5]
 
 
 def test_losses_of_a_level_router():

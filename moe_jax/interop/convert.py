@@ -243,7 +243,9 @@ def _misfit(family: Family, config: Config, vocab_size: int) -> str:
     """Why checkpoints of a family cannot hold a model of this config; '' if they can."""
     try:
         settings = settings_of(family, config, vocab_size, "float32", {})
-        back = to_config(settings, "its config.json", quiet=True)[1]
+        # Of tables of their own a checkpoint's tensors tell, not its settings.
+        of_tables, _ = family.tables([rule.key for rule in family.rules(config)], settings)
+        back = to_config(settings, "its config.json", quiet=True, **of_tables)[1]
     except (InteropError, ValueError, StopIteration, KeyError, IndexError, ZeroDivisionError) as error:
         return " ".join(str(error).split()) or type(error).__name__
     all_moe = len(config.moe_layers) == config.model.num_layers + config.model.encoder_layers
