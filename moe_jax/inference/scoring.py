@@ -1,7 +1,8 @@
 """How likely texts are under a model: perplexity of documents, and questions answered by their likeliest choice.
 
 Texts are packed into rows of the model's length, each a segment of its own: every number is that of the text alone. What an
-encoder–decoder writes is scored given what its encoder reads, one pair to a row. Routing is causal and dropless (:meth:`moe_jax.nn.moe.RoutingMode.causal`), whatever the model was trained with.
+encoder–decoder writes is scored given what its encoder reads, one pair to a row. Routing is causal and
+dropless (:meth:`moe_jax.nn.moe.RoutingMode.causal`), whatever the model was trained with.
 """
 
 import dataclasses
@@ -42,8 +43,8 @@ class Text:
 def check_scorable(config: Config, items: Sequence[Document | Question]) -> None:
     """Refuses, with ConfigError, documents for an encoder–decoder, which says only how likely a text is given another."""
     if config.model.encoder_layers and isinstance(items[0], Document):
-        raise ConfigError(f"model.encoder_layers={config.model.encoder_layers}: an encoder–decoder writes one text given another, so a "
-                          f'"text" alone has no likelihood; write lines with "input" and "target", or questions with "context", '
+        raise ConfigError(f"model.encoder_layers={config.model.encoder_layers}: an encoder–decoder writes one text given another, "
+                          f'so a "text" alone has no likelihood; write lines with "input" and "target", or questions with "context", '
                           f'"choices" and "answer".')
 
 
@@ -157,7 +158,8 @@ def perplexity(documents: Sequence[Document], vocabulary: Vocabulary, score: Any
       ``documents``, ``cut`` (documents longer than the model's length), the same by domain in ``domains``, and ``items``:
       domain, name, log_likelihood, tokens and bytes of each.
     """
-    parts = [windows(np.append(vocabulary.encode(document.text), vocabulary.end_ids[:1]).astype(np.int32), length) for document in documents]
+    end = vocabulary.end_ids[:1]
+    parts = [windows(np.append(vocabulary.encode(document.text), end).astype(np.int32), length) for document in documents]
     scores = iter(score([part for texts in parts for part in texts]))
     items = [{"name": document.name, "domain": document.domain, "log_likelihood": float(sum(next(scores) for _ in texts)),
               "tokens": sum(len(part.ids) for part in texts), "bytes": document.num_bytes, "cut": len(texts) > 1}
