@@ -6,9 +6,10 @@ seed: a seed decides the initial parameters and the order of the training rows (
 """
 
 import dataclasses
+import functools
+import hashlib
 import importlib.util
 import inspect
-import hashlib
 import pathlib
 import re
 import sys
@@ -265,14 +266,17 @@ class Sweep:
 
     def measure_hash(self) -> str:
         """Of all that ``measure`` may use of its own module, functions, classes and constants; '' without one."""
-        if self.measure is None:
-            return ""
-        module = inspect.getmodule(self.measure)
-        parts = [inspect.getsource(value) for value in vars(module).values()
-                 if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == module.__name__]
-        parts += [f"{name}={value!r}" for name, value in vars(module).items() if isinstance(value, (int, float, str, tuple))
-                  and not name.startswith("_")]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+        return "" if self.measure is None else _hash_of_module(self.measure)
+
+
+@functools.cache  # asked at every look at the progress, and reading a class's source parses its whole file
+def _hash_of_module(measure: Callable[[Any], Mapping[str, float]]) -> str:
+    module = inspect.getmodule(measure)
+    parts = [inspect.getsource(value) for value in vars(module).values()
+             if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == module.__name__]
+    parts += [f"{name}={value!r}" for name, value in vars(module).items() if isinstance(value, (int, float, str, tuple))
+              and not name.startswith("_")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def _place(arms: Mapping[str, Arm], who: str, name: str) -> int:
