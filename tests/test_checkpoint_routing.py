@@ -97,6 +97,7 @@ def test_switch_gives_every_expert_so_many_slots_of_each_row_in_order_and_paddin
 
 @pytest.mark.parametrize("options, words", [
     (dict(capacity_factor=2.0), "moe.capacity_factor=2.0: has no effect beside moe.expert_capacity=2"),
+    (dict(min_capacity=8), "moe.min_capacity=8: has no effect beside moe.expert_capacity=2"),
     (dict(capacity_counts="tokens"), "moe.capacity_counts='tokens': has no effect beside moe.expert_capacity=2"),
     (dict(dispatch="dropless", eval_dispatch="dropless"), "moe.expert_capacity=2: has no effect with .* no expert has a number"),
     (dict(router="expert_choice", balance_weight=0.0, allow_noncausal_routing=True, padding="nowhere"),

@@ -186,7 +186,8 @@ class MoEConfig:
                 "and moe.num_constant_experts to 0, or it to False.")
         if not self.expert_capacity:
             return
-        for field in ("capacity_factor", "eval_capacity_factor", "capacity_counts", "capacity_rounding", "capacity_multiple"):
+        for field in ("capacity_factor", "eval_capacity_factor", "capacity_counts", "capacity_rounding", "capacity_multiple",
+                      "min_capacity"):
             value, default = getattr(self, field), getattr(MoEConfig, field)
             require(value == default, f"moe.{field}", value, f"has no effect beside moe.expert_capacity={self.expert_capacity}, which "
                     f"is the number of slots itself; set it to {default!r}, or moe.expert_capacity=0.")

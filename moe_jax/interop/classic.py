@@ -1,4 +1,4 @@
-"""Mixtral, OLMoE, Qwen2-MoE and Qwen3-MoE: Llamas with a softmax router (PARITY: their tensors differ in names only)."""
+"""Mixtral, OLMoE, Qwen2-MoE and Qwen3-MoE: Llamas with a softmax router whose tensors differ in names only."""
 
 from typing import Any
 

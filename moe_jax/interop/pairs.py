@@ -249,11 +249,12 @@ def _nllb_routing(settings: Settings, width: int, experts: int) -> Overrides:
     settings.get("router_z_loss_coef")  # never used
     slots: Overrides = {"moe.expert_capacity": capacity}
     if fraction > 0:  # training: 2 · ceil(T / E), fairseq's
-        slots = {"moe.capacity_counts": "group", "moe.eval_capacity_factor": fraction, "moe.capacity_factor": 2.0 / experts}
+        slots = {"moe.capacity_counts": "group", "moe.eval_capacity_factor": fraction, "moe.capacity_factor": 2.0 / experts,
+                 "moe.min_capacity": 1}
     random = {"moe.second_policy": "random", "moe.second_threshold": 0.5}
     return {
         "moe.experts_per_token": 2, "moe.d_ff": width, "moe.expert_bias": True, "moe.renormalize": before,
-        "moe.renormalize_after_drops": not before, "moe.group_over": "all", "moe.min_capacity": 1, **slots,
+        "moe.renormalize_after_drops": not before, "moe.group_over": "all", **slots,
         "moe.fill_order": "batch_prioritized" if prioritized else "choice_major", "moe.allow_noncausal_routing": True,
         "moe.dispatch": "gather", "moe.eval_dispatch": "gather",
         # As that setting acts, whatever it is called.
