@@ -64,8 +64,9 @@ setup(
         "cuda13": ["jax[cuda13]"],  # driver 580 or newer
         "tokamax": ["tokamax>=0.0.12"],  # kernels for moe.grouped_matmul="tokamax", on GPUs above all
         "data": DATA,
-        # Only for comparing imported checkpoints with the original implementation; no test needs it.
-        "hf": ["safetensors>=0.4", "torch", "transformers>=4.50"],
+        # tokenizers: the text of imported models. The others: only for comparing imported checkpoints, and speed, with the
+        # original implementation. No test needs any of them.
+        "hf": ["safetensors>=0.4", "tokenizers>=0.20", "torch", "transformers>=5"],
         "dev": DEV,
     },
     entry_points={"console_scripts": ["moe-jax = moe_jax.cli:main"]},

@@ -1,4 +1,5 @@
-"""What the command lines of the benchmarks share: their form, settings as for ``moe-jax train``, and what they ran on."""
+"""What the command lines of the benchmarks share: their form, settings as for ``moe-jax train``, what they ran on, and
+beside what."""
 
 import argparse
 import os
@@ -32,3 +33,8 @@ def versions() -> dict:
     found = versions()
     names = ("python", "jax", "jaxlib", "flax", "git_commit", "backend", "device_kind", "device_count")
     return {"cpu_count": os.cpu_count(), **{name: found[name] for name in names}}
+
+
+def load_average() -> float | None:
+    """Of the last minute, where the system tells: what else ran there."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

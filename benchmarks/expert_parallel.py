@@ -10,11 +10,10 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import statistics
 import sys
 
-from benchmarks.command_line import parser_of, versions
+from benchmarks.command_line import load_average, parser_of, versions
 from benchmarks.moe_layer import timed
 from moe_jax import environment
 
@@ -147,7 +146,7 @@ def _placed(value, like):
 
 def measured(case: Case, layouts, repetitions: int):
     """Yields one dict per layout and mesh: eight devices against one in the same process, on the same tokens."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = load_average()
     for layout in layouts:
         programs = {sizes["expert"]: Timed(case, layout, sizes)
                     for sizes in (mesh_sizes(), mesh_sizes(data=2, expert=4), mesh_sizes(expert=8))}

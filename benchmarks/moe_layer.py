@@ -11,12 +11,11 @@ with respect to everything: inputs, router, experts. What the fields mean: bench
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import time
 
-from benchmarks.command_line import parser_of, versions
+from benchmarks.command_line import load_average, parser_of, versions
 from moe_jax import environment
 
 REPETITIONS = 20  # a median of fewer is not worth quoting
@@ -96,7 +95,7 @@ def measure(case: Case, dispatches, passes, repetitions: int, dtype: str = "floa
 
     from moe_jax.sharding import make_mesh
 
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = load_average()
     with jax.set_mesh(make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1})):
         for name in passes:
             programs = {"dense": dense_program(case, name, dtype), "matmul": matmul_program(case, name, dtype)}
@@ -187,7 +186,8 @@ def dense_program(case: Case, pass_name: str, dtype: str) -> Program:
     return Program(_with_gradients(lambda p, x: nnx.merge(graph, p)(x), pass_name), (parameters, x_GTD, d_GTD))
 
 
-def moe_program(case: Case, dispatch: str, pass_name: str, dtype: str) -> Program:
+def moe_program(case: Case, dispatch: str, pass_name: str, dtype: str, moe: dict | None = None) -> Program:
+    """``moe``: other settings of the layer."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -198,7 +198,7 @@ def moe_program(case: Case, dispatch: str, pass_name: str, dtype: str) -> Progra
     config = resolve({
         "model": {"d_model": case.D, "num_heads": 1, "num_kv_heads": 1, "head_dim": case.D, "dtype": dtype},
         "moe": {"num_experts": case.E, "experts_per_token": case.K, "d_ff": case.F, "capacity_factor": 1.25,
-                "dispatch": dispatch, "activation": "swiglu"},
+                "dispatch": dispatch, "activation": "swiglu", **(moe or {})},
         "data": {"sequence_length": case.T, "batch_size": 1},
     })
     graph, parameters = nnx.split(MoELayer(config, nnx.Rngs(0)))

@@ -8,14 +8,13 @@ Fresh parameters: routing takes as long as after training. What the fields mean:
 
 import argparse
 import json
-import os
 import pathlib
 import statistics
 import sys
 import tempfile
 import time
 
-from benchmarks.command_line import parsed, parser_of, versions
+from benchmarks.command_line import load_average, parsed, parser_of, versions
 from benchmarks.train_step import quartiles
 from moe_jax import environment
 
@@ -60,7 +59,7 @@ def measure(config, passes: int, batches: int) -> dict:
         state = new_state(config, run.vocab_size, run.mesh)
         params, bias_LE = state["params"], state["router_bias_LE"]
         read = list(run.validation_batches(batches))
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        load = load_average()
         mode = RoutingMode.evaluation(config, record=True)
         evaluator = Evaluator(config, run.vocab_size, run.data.vocabulary.bytes_per_token_V, run.data.domains, run.mesh)
         kinds = {"evaluation": lambda: evaluator.sums(params, bias_LE, read, mode),

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks.command_line import parsed, parser_of, versions
+from benchmarks.command_line import load_average, parsed, parser_of, versions
 from moe_jax import environment
 
 WARM_UP_STEPS = 3
@@ -109,7 +109,7 @@ def measure_steps(config, steps: int):
         run = open_run(config, pathlib.Path(folder))
         # Both are compiled from nothing; open_run's cache would serve the second run of this benchmark.
         jax.config.update("jax_enable_compilation_cache", False)
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        load = load_average()
         moe = CompiledStep("moe", config, run)
         dense = CompiledStep("dense", dense_twin(config, run.vocab_size), run)
         for _ in range(WARM_UP_STEPS):

@@ -27,9 +27,13 @@ def get_config() -> ConfigDict:
     model.scaled_attention = True     # scores are divided by sqrt(head_dim); False (T5, OpenMoE): the query matrix
                                       # starts smaller by that factor instead
     model.tie_embedding = False       # use the embedding table as output layer (logits are scaled by 1/sqrt(D))
+    model.scaled_tied_logits = True   # with tie_embedding: False leaves the 1/sqrt(D) out
+    model.embedding_scale = False     # embeddings times sqrt(D), as they enter the first layer (NLLB)
     model.vocab_size = 0              # rows of the table; 0 = the vocabulary's size rounded up to a multiple of 64
     model.rope_theta = 10_000.0       # base of the rotary position frequencies
-    model.norm_epsilon = 1e-6         # inside the square root of RMSNorm
+    model.norm = "rms"                # rms (scale only), or layer (mean taken off, scale and bias: NLLB)
+    model.norm_epsilon = 1e-6         # inside the square root of the norms
+    model.mlp_bias = False            # biases in the dense feed-forward layers
     model.init_scale = 1.0            # kernels: truncated normal with variance init_scale / fan_in (Switch §2.4: 0.1)
     model.embedding_init = 1.0        # standard deviation of the embedding table
     model.dtype = "float32"           # compute: float32 or bfloat16; parameters and routing are always float32
@@ -38,6 +42,50 @@ def get_config() -> ConfigDict:
                                       # draws other initial values and gives other paths in checkpoints
     model.mtp_depth = 0               # multi-token prediction (DeepSeek-V3: 1): so many further tokens are predicted, each by
                                       # a block of its own, in training only
+    model.encoder_layers = 0          # above 0: an encoder–decoder; num_layers are then the decoder's
+    model.encoder_embedding = False   # its encoder has an embedding table of its own
+    model.architecture = "transformer"  # transformer, or lstm (Shazeer 2017): num_layers LSTMs of d_model units, with a
+                                      # mixture behind those that moe.every, moe.first say, and no other FFN
+    model.dropout = 0.0               # lstm: training drops this share of the embeddings and of every layer's output
+
+    config.attention = attention = ConfigDict()
+    attention.kind = "heads"          # heads, or latent: keys and values from one small vector per token (DeepSeek-V2, V3)
+    attention.layers = "full"         # what each layer sees, repeated over the layers: full, sliding, chunked, separated by
+                                      # commas; with ":nope" without rotary positions. "sliding,full" (GPT-OSS),
+                                      # "chunked,chunked,chunked,full:nope" (Llama-4): docs/conventions.md
+    attention.window = 0              # tokens that a query of a sliding layer sees, itself included
+    attention.chunk = 0               # chunked layers see their own so many positions of the text, counted from 0
+    attention.bias = "none"           # none, qkv (Qwen2), all: also of the output (GPT-OSS); kind="latent": of the latents, the
+                                      # shared key and the output
+    attention.sinks = False           # a learned logit per head takes part in the softmax and has no value (GPT-OSS)
+    attention.clip_qkv = 0.0          # queries, keys and values are cut to ±this, after qk_norm; 0 = off (OLMoE)
+    attention.qk_norm = "none"        # RMSNorm of queries and keys: head (each alone: Qwen3), all_heads (together: OLMoE),
+                                      # unscaled (each alone, after rotation, without weights: Llama-4)
+    attention.positions = "rotary"    # rotary, relative (T5), sinusoidal (added to the embeddings: NLLB), none
+    attention.rope_pairs = "half"     # dimension i is paired with i + d/2, or interleaved: with its neighbour (Llama-4,
+                                      # DeepSeek-V2, V3)
+    attention.rope_scaling = "none"   # of the rotary frequencies, for longer texts: linear, llama3, yarn (GPT-OSS, DeepSeek)
+    attention.rope_factor = 1.0       # … how many times longer
+    attention.rope_original_length = 0  # … than this many tokens (not of linear)
+    attention.rope_low_factor = 1.0   # llama3: waves longer than rope_original_length / this are stretched whole
+    attention.rope_high_factor = 4.0  # … shorter than rope_original_length / this not at all
+    attention.rope_beta_fast = 32.0   # yarn: dimensions with more turns than this in the original length stay as they are
+    attention.rope_beta_slow = 1.0    # … with fewer than this are stretched whole
+    attention.rope_truncate = True    # … both bounds go to whole dimensions (GPT-OSS: False)
+    attention.rope_mscale = 0.0       # … and sine and cosine are multiplied by m(rope_mscale) / m(rope_mscale_all_dim) with
+                                      # m(x) = 0.1 x ln(rope_factor) + 1, if both are above 0, else by m(1) (DeepSeek)
+    attention.rope_mscale_all_dim = 0.0  # … kind="latent" also multiplies its scores by m(rope_mscale_all_dim)²
+    attention.rope_attention_factor = 0.0  # … or by this; 0 = by that formula
+    attention.temperature_scale = 0.0  # ":nope" layers: queries times 1 + this · ln(1 + floor((position + 1) /
+                                      # temperature_floor)) (Llama-4: 0.1)
+    attention.temperature_floor = 8192  # tokens
+    attention.query_rank = 0          # latent: queries too come from a vector so wide; 0 = straight from the stream
+    attention.latent_rank = 0         # … width of the latent that is cached (DeepSeek-V3: 512)
+    attention.rope_dim = 0            # … width of the rotary part of model.head_dim, whose key all heads share (64)
+    attention.value_dim = 0           # … width of a head's value (128)
+    attention.relative_buckets = 32   # positions="relative": learned biases per head
+    attention.relative_distance = 128  # … the last bucket holds everything so far away, and further
+    attention.first_position = 0      # positions="sinusoidal": the number of a text's first position (NLLB: 2)
 
     config.moe = moe = ConfigDict()
     moe.num_experts = 8               # E; 0 = dense model, everything else in this section is then unused
@@ -46,12 +94,20 @@ def get_config() -> ConfigDict:
     moe.first = -1                    # which one of each period: 0 … every-1; -1 = the last (OpenMoE)
     moe.first_dense_layers = 0        # the first so many layers are dense all the same (DeepSeekMoE-16B: 1, DeepSeek-V3: 3);
                                       # their width, as that of every dense layer, is model.d_ff
+    moe.layers = ""                   # instead of the last three: the MoE layers one by one, '1,3,5' (from 0), or 'none'
+    moe.encoder_layers = ""           # the same of the encoder (model.encoder_layers); '' = by every, first, first_dense_layers
     moe.d_ff = 512                    # hidden width of one expert (F)
     moe.activation = "swiglu"         # of the experts, as model.activation
+    moe.activation_limit = 7.0        # swiglu_clamped cuts gates above this, and the linear branch on both sides (GPT-OSS)
+    moe.activation_alpha = 1.702      # … and its sigmoid is that of so many times the gate
     moe.expert_bias = False           # every expert adds a bias to both of its products (V-MoE, GPT-OSS)
     moe.num_shared_experts = 0        # experts that every token passes, beside the routed ones (DeepSeekMoE)
+    moe.shared_d_ff = 0               # hidden width of each of them; 0 = d_ff (Qwen2-MoE's is wider)
+    moe.shared_gate = False           # their output times sigmoid(w·x) with a learned w (Qwen2-MoE)
     moe.residual_ffn = "none"         # one more dense FFN (model.d_ff) in MoE layers: parallel to the experts (OpenMoE's
                                       # paper), or sequential: after them, with a norm of its own (its code, ST-MoE)
+    moe.output_dropout = 0.0          # training drops the routed experts' output of this share of the tokens, evaluation multiplies
+                                      # it with 1 - x (NLLB: 0.2)
     moe.num_identity_experts = 0      # zero-computation experts, chosen like the others, beside num_experts: gate · x
     moe.num_zero_experts = 0          # … 0
     moe.num_constant_experts = 0      # … gate · (α1·x + α2·v) with learned v and (α1, α2) = softmax(W·x) (MoE++)
@@ -67,6 +123,7 @@ def get_config() -> ConfigDict:
     moe.score = "softmax"             # of the logits over experts, or sigmoid of each (DeepSeek-V3, Llama-4)
     moe.gate_order = "softmax_then_top_k"  # or top_k_then_softmax (Mixtral): docs/conventions.md
     moe.renormalize = False           # divide the K gates by their sum (GShard, Qwen3); not with K = 1
+    moe.renormalize_after_drops = False  # divide them by the sum of those that found a slot (NLLB); not with renormalize
     moe.route_scale = 1.0             # the gates times this (DeepSeek-V2: 16, DeepSeek-V3: 2.5)
     moe.gate_on = "output"            # the gate multiplies the expert's output, or its input (Llama-4)
     moe.second_policy = "all"         # which choices after the first are made: all, none, threshold (gate above
@@ -76,11 +133,14 @@ def get_config() -> ConfigDict:
     moe.num_groups = 1                # equal groups of consecutive experts: nodes or devices (DeepSeek-V2, V3)
     moe.groups_per_token = 0          # a token chooses inside its best so many groups; 0 = among all experts
     moe.group_score = "max"           # of a group: its best score (DeepSeek-V2), or top_sum of its best K /
-                                      # groups_per_token (DeepSeek-V3)
+                                      # groups_per_token (DeepSeek-V3), or top_2_sum of its best two (its code)
     moe.fill_order = "token_major"    # who gets a buffer slot first: token_major (causal), choice_major (GShard,
                                       # Switch, OpenMoE), batch_prioritized (V-MoE); the last two look ahead
     moe.priority = "max"              # batch_prioritized sorts by the highest, or the sum, of a token's K scores
-    moe.router_init = 0.02            # standard deviation of the router's weights
+    moe.router_init = 0.02            # standard deviation of the router's weights, and of the shared expert's gate; 0 (Shazeer
+                                      # 2017) where noise tells experts apart
+    moe.router_bias = False           # a learned number per expert is added to its logit (GPT-OSS); bias_update_rate is another
+                                      # one, which chooses only
     moe.router_dtype = "float32"      # bfloat16 rounds the router's input, weights and logits, whatever model.dtype is; only
                                       # to see what that does (Switch §2.4, ST-MoE §3.4)
     moe.router_jitter = 0.0           # training noise: router input times U(1-x, 1+x) (Switch: 0.01)
@@ -101,8 +161,10 @@ def get_config() -> ConfigDict:
                                       # (docs/parallelism.md)
     moe.capacity_factor = 1.25        # buffer slots per expert over the balanced load (see capacity_counts)
     moe.eval_capacity_factor = 2.0    # the same where eval_dispatch has buffers
-    moe.capacity_counts = "choices"   # balanced load = K·T/E choices (V-MoE), or "tokens" = T/E (flaxformer, OpenMoE);
-                                      # with expert_choice the factor is then the mean number of experts per token
+    moe.expert_capacity = 0           # slots per expert and group, in training and evaluation, instead of the factors; 0 = by them
+                                      # (Switch's checkpoints: 64)
+    moe.capacity_counts = "choices"   # balanced load = K·T/E choices (V-MoE), "tokens" = T/E (flaxformer, OpenMoE), or "group" = T
+                                      # (NLLB); with expert_choice the factor is then the mean number of experts per token
     moe.capacity_rounding = "default" # slots to whole numbers: default = up for choices, nearest for tokens; up, nearest
     moe.capacity_multiple = 1         # round slots up to a multiple of this (V-MoE: 4)
     moe.min_capacity = 4              # slots per expert at least (never more than T)
@@ -110,10 +172,12 @@ def get_config() -> ConfigDict:
                                       # beyond it are dropped; 0 = off (DeepSeek-V2: 1.0)
     moe.undropped_sequences = 0.1     # share of sequences of which it drops nothing (DeepSeek-V2: 0.1)
     moe.padding = "nowhere"           # padding is invisible; for comparison: flaxformer's mask and scatter routers,
-                                      # "in_means" and "takes_slots", and OpenMoE, "routed": docs/conventions.md
+                                      # "in_means" and "takes_slots", OpenMoE, "routed", and Switch's checkpoints,
+                                      # "as_text": docs/conventions.md
     moe.group_size = 0                # tokens that compete for buffer slots; 0 = one sequence (group_over="batch": all
                                       # sequences of a microbatch)
-    moe.group_over = "sequence"       # a group is consecutive tokens, or "batch": one position of many sequences
+    moe.group_over = "sequence"       # a group is consecutive tokens, "batch": one position of many sequences, or "all":
+                                      # all tokens of a microbatch, which one device then holds (NLLB)
     moe.balance_loss = "switch"       # switch, first_choice, gshard, st_moe: docs/conventions.md
     moe.balance_scope = "group"       # statistics over one group, one sequence (row), one document of a packed row, one
                                       # microbatch, or the global batch
@@ -147,10 +211,13 @@ def get_config() -> ConfigDict:
     moe.policy_baseline_weight = 0.01 # of the learned baseline's squared error; it trains that head alone
     moe.policy_baseline_decay = 0.99  # of the running mean, per step
     moe.allow_noncausal_routing = False  # let a decoder train with a router that sees later tokens
+    moe.allow_untrained_router = False  # of imported checkpoints: one expert per token with a gate of 1, whose router gets no
+                                      # gradient from the task; such a model is evaluated and generates, training refuses it
 
     config.data = data = ConfigDict()
     data.source = "standard_library"  # standard_library, synthetic, files:<folder or glob>, tfds:<name>, seqio:<name>
-    data.vocabulary = "bytes"         # bytes, sentencepiece:<size> (trained on the corpus once), or a .model file
+    data.vocabulary = "bytes"         # bytes, sentencepiece:<size> (trained on the corpus once), or a .model file; of imported
+                                      # models tokenizer:<a tokenizer.json> or ids:<size>, ids written as numbers
     data.domain_weights = ""          # '' = as large as they are; 'code=2,docs=1' = share of each domain's rows
     data.sequence_length = 256        # tokens per row (S); documents are packed
     data.batch_size = 16              # rows per step over all devices (B)
@@ -166,6 +233,8 @@ def get_config() -> ConfigDict:
     data.sentinels = 0                # ids at the end of the vocabulary that stand for hidden spans; 0 = as many as a row needs
                                       # (T5: 100, OpenMoE: 300)
     data.prefix_attention = "causal"  # of what is given: causal (OpenMoE), or bidirectional (prefix LM of Raffel et al. 2020)
+    data.target_length = 0            # of an encoder–decoder: tokens per row of the decoder, which writes the targets; the
+                                      # encoder's rows, of what is given, have sequence_length (T5: 114 and 512): docs/encoder_decoder.md
 
     config.mesh = mesh = ConfigDict()
     mesh.data = 0                     # devices along each axis; 0 = what remains
@@ -213,4 +282,14 @@ def get_config() -> ConfigDict:
     training.sample_prompts = "def |import |The "  # continued at the end; separated by |
     training.sample_length = 128      # tokens per sample; 0 = none
     training.seed = 0                 # parameters and router noise
+    return config
+
+
+def of_family(family: str, size: str = "tiny") -> ConfigDict:
+    """The settings above with those of a published model over them: a row of moe_jax/models/families.py."""
+    from moe_jax import families
+
+    config = get_config()
+    for section, values in families.settings(family, size).items():
+        config[section].update(values)
     return config

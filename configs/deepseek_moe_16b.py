@@ -11,17 +11,13 @@ the last fifth.
 
 from ml_collections import ConfigDict
 
-from configs.base import get_config as base
+from configs.base import of_family
 
 
 def get_config() -> ConfigDict:
-    config = base()
-    config.model.update(num_layers=28, d_model=2048, num_heads=16, num_kv_heads=16, head_dim=128, d_ff=10_944,
-                        activation="swiglu", vocab_size=102_400, init_scale=0.0737, embedding_init=0.006,
-                        dtype="bfloat16", remat="block")
-    config.moe.update(num_experts=64, experts_per_token=6, every=1, first_dense_layers=1, d_ff=1408, activation="swiglu",
-                      num_shared_experts=2, dispatch="dropless", router_init=0.006, balance_scope="sequence",
-                      balance_weight=1e-3, router_z_weight=0.0)
+    config = of_family("deepseek_moe", "16b")
+    config.model.update(init_scale=0.0737, embedding_init=0.006, dtype="bfloat16", remat="block")
+    config.moe.router_init = 0.006
     config.data.update(batch_size=4608, sequence_length=4096)
     config.mesh.update(fsdp=8, expert_limit=8)
     config.optimizer.update(name="adamw", learning_rate=4.2e-4, schedule="wsd", warmup_steps=2000, decay_steps=21_000,

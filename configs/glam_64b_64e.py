@@ -14,16 +14,12 @@ Different here: rotary instead of relative positions, RMSNorm instead of layer n
 
 from ml_collections import ConfigDict
 
-from configs.base import get_config as base
+from configs.base import of_family
 
 
 def get_config() -> ConfigDict:
-    config = base()
-    config.model.update(num_layers=64, d_model=8192, num_heads=128, num_kv_heads=128, head_dim=128, d_ff=32_768,
-                        activation="geglu", tie_embedding=True, vocab_size=256_000, dtype="bfloat16", remat="block")
-    config.moe.update(num_experts=64, experts_per_token=2, every=2, d_ff=32_768, activation="gelu", renormalize=True,
-                      fill_order="choice_major", allow_noncausal_routing=True, capacity_factor=2.0,
-                      capacity_counts="tokens", balance_loss="first_choice", balance_weight=0.01, router_z_weight=0.0)
+    config = of_family("glam", "64b_64e")
+    config.model.update(dtype="bfloat16", remat="block")
     config.data.update(batch_size=1024, sequence_length=1024)
     config.mesh.update(fsdp=16, expert_limit=64)
     config.optimizer.update(name="adafactor", learning_rate=0.01, schedule="rsqrt", warmup_steps=10_000, weight_decay=0.0,

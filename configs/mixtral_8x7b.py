@@ -12,16 +12,12 @@ To train it, name a corpus and its SentencePiece model: --config.data.source=…
 
 from ml_collections import ConfigDict
 
-from configs.base import get_config as base
+from configs.base import of_family
 
 
 def get_config() -> ConfigDict:
-    config = base()
-    config.model.update(num_layers=32, d_model=4096, num_heads=32, num_kv_heads=8, head_dim=128, d_ff=14_336,
-                        activation="swiglu", vocab_size=32_000, rope_theta=1e6, norm_epsilon=1e-5, dtype="bfloat16",
-                        remat="block")
-    config.moe.update(num_experts=8, experts_per_token=2, every=1, d_ff=14_336, activation="swiglu",
-                      gate_order="top_k_then_softmax", balance_loss="st_moe", balance_weight=0.02, router_z_weight=0.0)
+    config = of_family("mixtral", "8x7b")
+    config.model.update(dtype="bfloat16", remat="block")
     config.data.update(batch_size=512, sequence_length=4096)
     config.mesh.update(fsdp=8, expert_limit=8)
     config.optimizer.update(name="adamw", learning_rate=3e-4, schedule="cosine", warmup_steps=2000, weight_decay=0.1,

@@ -12,12 +12,13 @@ As configs/openmoe_8b.py, but for the dimensions, MoE in every fourth layer, gro
 from ml_collections import ConfigDict
 
 from configs.openmoe_8b import get_config as openmoe_8b
+from moe_jax import families
 
 
 def get_config() -> ConfigDict:
     config = openmoe_8b()
-    config.model.update(num_layers=32, d_model=3072, d_ff=12_288)
-    config.moe.update(every=4, d_ff=12_288, group_size=8192, router_z_weight=1e-3)
+    for section, values in families.settings("openmoe_code", "34b").items():
+        config[section].update(values)
     config.mesh.update(fsdp=2, expert_limit=32, tensor=2)
     config.training.update(num_steps=100_000)
     return config

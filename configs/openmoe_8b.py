@@ -14,19 +14,12 @@ this config trains causal language modelling. The batch goes through in 4 parts 
 
 from ml_collections import ConfigDict
 
-from configs.base import get_config as base
+from configs.base import of_family
 
 
 def get_config() -> ConfigDict:
-    config = base()
-    config.model.update(num_layers=24, d_model=2048, num_heads=24, num_kv_heads=24, head_dim=128, d_ff=8192,
-                        activation="swiglu_linear", scaled_attention=False, vocab_size=256_384, init_scale=0.1,
-                        dtype="bfloat16", remat="block")
-    config.moe.update(num_experts=32, experts_per_token=2, every=6, d_ff=8192, activation="swiglu_linear",
-                      residual_ffn="sequential", fill_order="choice_major", allow_noncausal_routing=True,
-                      padding="routed", eval_dispatch="gather", capacity_factor=1.25, eval_capacity_factor=2.0,
-                      capacity_counts="tokens", group_size=4096, balance_loss="st_moe", balance_weight=0.01,
-                      router_z_weight=1e-4)
+    config = of_family("openmoe_code", "8b")
+    config.model.update(dtype="bfloat16", remat="block")
     config.data.update(batch_size=1024, sequence_length=2048)
     config.mesh.update(fsdp=2, expert_limit=32)
     config.optimizer.update(name="adafactor", learning_rate=0.01, schedule="rsqrt", warmup_steps=10_000, weight_decay=0.0,

@@ -9,12 +9,12 @@ import pathlib
 import re
 import sys
 
-from moe_jax.commands import analyze, evaluate, generate, place, plan, report, sweep, train, upcycle
+from moe_jax.commands import analyze, convert, evaluate, generate, place, plan, report, sweep, train, upcycle, verify
 from moe_jax.commands.parsers import DEVICES, EPILOG, CommandError
 from moe_jax.environment import prepare_process
 from moe_jax.errors import UserError
 
-COMMANDS = (train, evaluate, generate, report, analyze, place, plan, upcycle, sweep)
+COMMANDS = (train, evaluate, generate, report, analyze, place, plan, upcycle, convert, verify, sweep)
 
 
 def main(argv: list[str] | None = None) -> int:

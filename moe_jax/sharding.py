@@ -20,8 +20,8 @@ AXES = ("data", "fsdp", "expert", "tensor")
 # Tokens are spread over every axis but `tensor`; the expert axis is a data axis outside the experts.
 TOKEN_AXES = ("data", "fsdp", "expert")
 
-# Parameters at rest. `fsdp` is gathered before use (see `gathered`).
-PARAMETERS = {"E": "expert", "D": "fsdp", "F": "tensor", "H": "tensor", "V": "tensor"}
+# Parameters at rest. `fsdp` is gathered before use (see `gathered`); R is the width of a latent (moe_jax/nn/latent_attention.py).
+PARAMETERS = {"E": "expert", "D": "fsdp", "R": "fsdp", "F": "tensor", "H": "tensor", "V": "tensor"}
 
 # Activations: B sequences, G groups of tokens, N assignments, all lie where their tokens lie.
 ACTIVATIONS = {"B": TOKEN_AXES, "G": TOKEN_AXES, "H": "tensor", "F": "tensor", "V": "tensor"}
@@ -78,9 +78,13 @@ def _product(sizes: dict[str, int]) -> str:
 def _sharded_dimensions(config: Config) -> list[tuple[str, int, str]]:
     """(setting, its value, the mesh axis that has to divide it)."""
     model, moe = config.model, config.moe
-    found = [("model.d_model", model.d_model, "fsdp"), ("model.num_heads", model.num_heads, "tensor"),
-             ("model.num_kv_heads", model.num_kv_heads, "tensor"), ("model.d_ff", model.d_ff, "tensor"),
-             ("model.vocab_size", model.vocab_size, "tensor")]
+    found = [("model.d_model", model.d_model, "fsdp"), ("model.vocab_size", model.vocab_size, "tensor")]
+    if model.architecture == "lstm":
+        found.append(("model.d_model", model.d_model, "tensor"))
+    else:
+        found += [("model.num_heads", model.num_heads, "tensor"), ("model.num_kv_heads", model.num_kv_heads, "tensor"),
+                  ("model.d_ff", model.d_ff, "tensor")]
+    found += [(f"attention.{field}", getattr(config.attention, field), "fsdp") for field in ("query_rank", "latent_rank")]
     if moe.is_dense:
         return found
     if moe.expert_widths:
@@ -89,8 +93,10 @@ def _sharded_dimensions(config: Config) -> list[tuple[str, int, str]]:
                       (f"moe.expert_widths={moe.expert_widths!r}: width", width, "tensor")]
     else:
         found.append(("moe.expert_copies" if moe.expert_copies else "moe.num_experts", moe.num_copies, "expert"))
-    if not moe.expert_widths or moe.num_shared_experts:
+    if not moe.expert_widths or moe.num_shared_experts and not moe.shared_d_ff:
         found.append(("moe.d_ff", moe.d_ff, "tensor"))
+    if moe.shared_d_ff:
+        found.append(("moe.shared_d_ff", moe.shared_d_ff, "tensor"))
     return found
 
 
@@ -118,6 +124,10 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             f"{microbatch} sequences, which do not divide over data x fsdp x expert = {token_shards} devices; nearest "
             f"legal data.batch_size: {nearest_multiples(config.data.batch_size, token_shards * config.training.microbatches)}.")
     sequences = config.sequences_per_group
+    if config.moe_layers and config.moe.group_over == "all" and token_shards > 1:
+        raise ConfigError(f"moe.group_over='all': all tokens of a microbatch are one group, which lies on one device, but data x "
+                          f"fsdp x expert = {token_shards} share them; set mesh.data=1, mesh.fsdp=1 and mesh.expert=1, or another "
+                          f"moe.group_over.")
     if not config.moe.is_dense and (microbatch // token_shards) % sequences:
         raise ConfigError(
             f"moe.group_size={config.moe.group_size} spans {sequences} sequences, but each of the {token_shards} token "
@@ -173,12 +183,12 @@ def placed(sizes: dict[str, int], devices: list[Any], slice_axis: str = "data") 
 
 
 def gathered(weight: jax.Array, letters: str, dtype: jnp.dtype) -> jax.Array:
-    """A parameter as it is used: cast, then complete along D.  [D_fsdp, ...] -> all-gather -> [D, ...].
+    """A parameter as it is used: cast, then complete along D (or R).  [D_fsdp, ...] -> all-gather -> [D, ...].
 
     Cast first: the gather moves compute-dtype bytes. Its gradient is a reduce-scatter where XLA makes one of the all-reduce
     and the slice that it is given; with ``data`` above 1 it often does not.
     """
-    return jax.reshard(weight.astype(dtype), spec(letters, {**PARAMETERS, "D": None}))
+    return jax.reshard(weight.astype(dtype), spec(letters, {**PARAMETERS, "D": None, "R": None}))
 
 
 def over_groups(function: Callable, *arrays: Any) -> Any:
@@ -298,17 +308,19 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[slice]:
 
 # Small parameters every device needs whole.
 REPLICATED_PARAMETERS = ("w_router_DE", "w_router_noise_DE", "w_router_group_DX", "w_router_group_noise_DX", "w_constant_DJA",
-                         "constant_JD", "w_value_D", "b_value", "scale_D", "copies_EJ")
+                         "constant_JD", "w_value_D", "b_value", "scale_D", "scale_R", "bias_D", "copies_EJ",
+                         "b_router_E", "w_shared_gate_D")
 
 
 def parameter_spec(name: str, dimensions: int) -> P:
     """Where a parameter lies, from the letters its name ends in: ``w_in_EDF`` -> ``P('expert', 'fsdp', 'tensor')``.
 
-    Stacked layers have leading dimensions without a letter, which are not sharded.
+    Stacked layers have leading dimensions without a letter, which are not sharded. An axis that two letters want is the
+    first's: ``w_latent_DR`` -> ``P('fsdp', None)``.
     """
     if name in REPLICATED_PARAMETERS:
         return P()
     letters = name.rsplit("_", 1)[1]
-    leading = dimensions - len(letters)
-    return P(*(None,) * leading, *spec(letters, PARAMETERS))
+    axes = [PARAMETERS.get(letter) for letter in letters]
+    return P(*(None,) * (dimensions - len(letters)), *(None if axis in axes[:i] else axis for i, axis in enumerate(axes)))
 

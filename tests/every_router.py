@@ -10,7 +10,6 @@ import os
 import tempfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from hypothesis import settings
 from test_dispatch import Lists

@@ -25,6 +25,11 @@ def config(**settings):
         data_sequence_length=256, data_batch_size=4, optimizer_name="adamw") | settings))
 
 
+def pair():
+    """An encoder–decoder whose rows have two lengths."""
+    return config(model_encoder_layers=2, attention_positions="relative", data_objective="span_corruption", data_target_length=128)
+
+
 def own_bytes(tree):
     """Of the arrays as they lie on one device; a random key is two words of 32 bits."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * getattr(leaf.dtype, "itemsize", 8)
@@ -35,6 +40,7 @@ def main():
     said, slice_ = [], parse_slice(SLICE)
     found = {step: dataclasses.asdict(compile_step(config(), slice_, SIZES, step, said.append))
              for step in ("train", "decode")}
+    found["pair"] = dataclasses.asdict(compile_step(pair(), slice_, SIZES, "train"))
     mesh = make_mesh(SIZES, tpu_devices(slice_))
     with jax.set_mesh(mesh):
         state = own_bytes(abstract_state(config(), 512, mesh))

@@ -8,10 +8,10 @@ import tiny
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import AttentionConfig, ModelConfig
 from moe_jax.nn.attention import Attention
 from moe_jax.nn.norms import RMSNorm
-from moe_jax.nn.positions import rotate
+from moe_jax.nn.positions import rotate, scaled_frequencies
 from moe_jax.sharding import ACTIVATIONS, spec
 
 
@@ -209,3 +209,13 @@ def test_attention_in_bf16_keeps_scores_in_fp32():
     module.w_out_HdD[...] = jnp.eye(2).reshape(1, 2, 2)
     y_BSD = attend(module, jnp.eye(2, dtype=jnp.bfloat16)[None], causal(1, 2), np.zeros((1, 2), np.int32))
     assert float(y_BSD[0, 1, 0]) == pytest.approx(0.6698, abs=5e-3)
+
+
+def test_equal_bounds_of_llama3s_scaling_stretch_all_or_nothing():
+    """Llama-4 Scout: waves longer than the original length by the factor, the others not at all."""
+    attention = AttentionConfig(rope_scaling="llama3", rope_factor=16.0, rope_original_length=64, rope_low_factor=1.0,
+                                rope_high_factor=1.0)
+    found, magnitude = scaled_frequencies(8, 100.0, attention)
+    plain = 100.0 ** (-np.arange(4) / 4)
+    assert magnitude == 1.0 and [2 * np.pi / f > 64 for f in plain] == [False, False, False, True]
+    np.testing.assert_allclose(found, plain / [1, 1, 1, 16], rtol=1e-12)

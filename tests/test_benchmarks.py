@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import expert_parallel, moe_layer, train_step
+from benchmarks import expert_parallel, families, moe_layer, train_step
 from moe_jax.config import ConfigError, resolve
 from moe_jax.planning.hlo import Collective
 from moe_jax.training.flops import forward_flops_per_token
@@ -202,3 +202,40 @@ def test_bytes_moved_over_the_least_by_hand():
     assert expert_parallel.moved_ratio(moving, "forward", case, sizes) == pytest.approx(1)
     assert expert_parallel.moved_ratio(moving, "backward", case, sizes) == pytest.approx(1.5)
     assert expert_parallel.moved_ratio([], "forward", case, sizes) is None
+
+
+# Families.
+
+
+@pytest.mark.slow
+def test_a_tiny_preset_is_timed_forward_in_training_and_token_by_token():
+    command = [sys.executable, "-m", "benchmarks.families", "--families=mixtral", "--repetitions=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    (line,) = map(json.loads, done.stdout.splitlines())
+    assert line["family"] == "mixtral" and line["repetitions"] == 1 and line["active_parameters"] < line["parameters"]
+    for name in ("forward", "training"):
+        assert line[f"{name}_tokens_per_second"] == pytest.approx(line["tokens_per_step"] / line[f"{name}_seconds"])
+        assert line[f"{name}_fraction_of_product_rate"] > 0
+    assert line["decode_tokens_per_second"] == pytest.approx(8 * 32 / line["decode_seconds"])
+
+
+def test_an_unknown_family_and_an_unknown_case_are_refused(capsys):
+    for word, message in (("--families=mixtrall", "there is no 'mixtrall'; there are "), ("--cases=skewed", "choose from mixtral")):
+        with pytest.raises(SystemExit):
+            families.main([word])
+        assert message in capsys.readouterr().err
+
+
+def test_without_transformers_the_comparison_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match=r"pip install 'moe_jax\[hf\]'"):
+        families.TorchBlock("mixtral", moe_layer.CASES["tiny"], {}, None, None)
+
+
+@pytest.mark.slow
+def test_our_block_computes_what_that_of_transformers_does():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    forward, training = families.measure_block("tiny", 1)  # refuses blocks that differ
+    assert forward["block"] == "MixtralSparseMoeBlock" and training["speedup"] > 0

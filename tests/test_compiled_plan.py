@@ -25,7 +25,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
 
 @pytest.fixture(scope="module")
 def compiled():
-    """A training step and a decoding step for v5e-4, fsdp 2 x expert 2; about 20 s."""
+    """A training step and a decoding step for v5e-4, fsdp 2 x expert 2, and a training step of an encoder–decoder; about 30 s."""
     done = subprocess.run([sys.executable, ROOT / "tests" / "plan_tpu.py"], capture_output=True, text=True, timeout=400,
                           env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -76,12 +76,23 @@ def test_the_collectives_of_the_mixtures_are_exchanges(compiled):
 def test_formulas_match_the_program_compiled_for_tpus(compiled):
     """Gathered weights and exchanged tokens are exact in bytes. Gradients: those over `fsdp` are scattered sums, for which
     the compiler takes whole ones here and there; a sum of two devices sends as much as two scattered ones."""
-    guess = estimate(plan_tpu.config(), parse_slice(plan_tpu.SLICE), plan_tpu.SIZES)
+    agree(estimate(plan_tpu.config(), parse_slice(plan_tpu.SLICE), plan_tpu.SIZES), compiled["train"])
 
+
+@needs_libtpu
+def test_formulas_of_two_stacks_match_the_program_compiled_for_tpus(compiled):
+    """The same, and FLOPs: relative positions have no kernel, so that all of them are products."""
+    guess, step = estimate(plan_tpu.pair(), parse_slice(plan_tpu.SLICE), plan_tpu.SIZES), compiled["pair"]
+    agree(guess, step)
+    assert step["kernel_flops"] == 0 and 4 * step["flops"] == pytest.approx(guess.hardware_flops, rel=1e-3)
+
+
+def agree(guess, step):
+    """Bytes by formula and in the compiled program."""
     def sent(found, *kinds, axes):
         return sum(c["count"] * c["bytes"] for c in found if c["kind"] in kinds and tuple(c["axes"]) == axes)
 
-    ours, theirs = [dataclasses.asdict(each) for each in guess.collectives], compiled["train"]["collectives"]
+    ours, theirs = [dataclasses.asdict(each) for each in guess.collectives], step["collectives"]
     for kind, axes in (("all-gather", ("fsdp",)), ("all-to-all", ("expert",))):
         assert sent(ours, kind, axes=axes) == sent(theirs, kind, axes=axes) > 0
     both = ("fsdp", "expert")

@@ -14,6 +14,7 @@ from moe_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    LayerAttention,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -25,8 +26,10 @@ from moe_jax.config import (
     nearest_divisors,
     nearest_multiples,
     resolve,
+    with_defaults,
 )
 from moe_jax.sharding import resolve_mesh
+from moe_jax.training.step import check_trainable
 
 BASE = Path(__file__).parents[1] / "configs" / "base.py"
 
@@ -51,7 +54,7 @@ def refusal(config):
     ({"modle": {}}, ["modle:", "Did you mean model or"]),
     ({"num_experts": 4}, ["num_experts:", "Did you mean moe.num_experts"]),  # right name, no section
     ({"model": {"num_experts": 4}}, ["model.num_experts:", "Did you mean moe.num_experts"]),  # wrong section
-    ({"zzz": {}}, ["zzz:", "Sections are model, moe, data, mesh, optimizer, training"]),
+    ({"zzz": {}}, ["zzz:", "Sections are model, attention, moe, data, mesh, optimizer, training"]),
     ({"moe": 8}, ["moe=8", "is a section", "moe.num_experts"]),
 ])
 def test_an_unknown_key_is_refused_with_the_nearest_name(config, words):
@@ -151,6 +154,11 @@ def test_b23_one_expert_per_token_refuses_normalised_gates(options, words):
     message = refusal(moe(**options))
     assert all(word in message for word in words), message
     resolve(moe(**{**options, "experts_per_token": 2}))
+    imported = resolve(moe(**options, allow_untrained_router=True))
+    with pytest.raises(ConfigError, match="moe.allow_untrained_router=True: with one expert .* To train it, let gates be scores"):
+        check_trainable(imported)
+    for other in (dict(options, experts_per_token=2), dict(experts_per_token=1), dict(EXPERT_CHOICE)):
+        assert refusal(moe(**other, allow_untrained_router=True)).startswith("moe.allow_untrained_router=True: ")
 
 
 def test_renormalize_is_refused_where_it_has_no_effect():
@@ -241,6 +249,47 @@ def test_the_first_dense_layers_are_dense(layers, every, first, leading, expecte
 def test_first_dense_layers_that_change_nothing_or_everything_are_refused(layers, every, leading, words):
     with pytest.raises(ConfigError, match=words):
         Config(ModelConfig(num_layers=layers), MoEConfig(every=every, first_dense_layers=leading))
+
+
+@pytest.mark.parametrize("text, expected", [("1,3", (1, 3)), ("4", (4,)), ("3, 0,1", (0, 1, 3)), ("0,1,2,3,4", (0, 1, 2, 3, 4))])
+def test_moe_layers_can_be_named_one_by_one(text, expected):
+    assert Config(ModelConfig(num_layers=5), MoEConfig(layers=text)).moe_layers == expected
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(layers="1,5"), "moe.layers='1,5': names layer 5, but model.num_layers=5; the last is 4"),
+    (dict(layers="1,1"), "moe.layers='1,1': wanted are the indices of different layers"),
+    (dict(layers="1;2"), "moe.layers='1;2': wanted are the indices of different layers"),
+    (dict(layers="-1"), "moe.layers='-1': wanted are the indices of different layers"),
+    (dict(layers="1,3", every=1), "moe.every=1: has no effect beside moe.layers='1,3'.* set it to 2, or moe.layers=''"),
+    (dict(layers="1,3", first=0), "moe.first=0: has no effect beside moe.layers='1,3'"),
+    (dict(encoder_layers="1"), "moe.encoder_layers='1': names layers of an encoder, but model.encoder_layers=0"),
+    (dict(layers="1,3", first_dense_layers=2), "moe.first_dense_layers=2: has no effect beside moe.layers='1,3'"),
+])
+def test_lists_of_moe_layers_that_cannot_be_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        Config(ModelConfig(num_layers=5), MoEConfig(**options))
+
+
+def test_the_encoders_moe_layers_follow_the_same_rule_or_are_named():
+    model, data = ModelConfig(num_layers=6, encoder_layers=4), DataConfig(objective="span_corruption", target_length=64)
+    by_rule = Config(model, MoEConfig(every=2, first=1), data)
+    assert by_rule.decoder_moe_layers == (1, 3, 5) and by_rule.encoder_moe_layers == (1, 3)
+    assert by_rule.moe_layers == (1, 3, 5, 7, 9)  # the encoder's four layers are counted first
+    assert Config(model, MoEConfig(encoder_layers="0,2"), data).encoder_moe_layers == (0, 2)
+    assert Config(ModelConfig(num_layers=6)).encoder_moe_layers == ()
+    encoder = Config(model, MoEConfig(layers="none", fill_order="batch_prioritized"), data)
+    assert encoder.decoder_moe_layers == () and encoder.encoder_moe_layers == (1, 3)  # which may look ahead
+    assert Config(model, MoEConfig(encoder_layers="none"), data).encoder_moe_layers == ()
+    mixed = Config(model, MoEConfig(layers="0", every=4), data)
+    assert mixed.moe_layers == (3, 4)  # the rule is the encoder's, the list the decoder's
+    with pytest.raises(ConfigError, match="moe.every=4: has no effect beside moe.layers='0'"):
+        Config(model, MoEConfig(layers="0", encoder_layers="1", every=4), data)
+    for moe in (MoEConfig(layers="none", encoder_layers="none"), MoEConfig(layers="none", encoder_layers="4")):
+        with pytest.raises(ConfigError, match="moe.layers='none': leaves no MoE layer|moe.encoder_layers='4': names layer 4"):
+            Config(model, moe, data)
+    with pytest.raises(ConfigError, match="moe.encoder_layers='0,4': names layer 4, but model.encoder_layers=4; the last is 3"):
+        Config(model, MoEConfig(encoder_layers="0,4"), data)
 
 
 def test_a_dense_model_has_no_moe_layers_and_ignores_the_other_moe_settings():
@@ -438,6 +487,62 @@ def test_field_types_are_plain():
     assert kinds <= {int, float, bool, str}
 
 
+# Attention
+
+
+@pytest.mark.parametrize("attention, words", [
+    ({"kind": "headz"}, ["attention.kind='headz'", "'heads', 'latent'", "Did you mean 'heads'"]),
+    ({"layers": "full,slidng"}, ["attention.layers=", "cannot be read at 'slidng'", "'sliding'", "':nope'"]),
+    ({"layers": "full:rope"}, ["attention.layers=", "cannot be read at 'full:rope'"]),
+    ({"layers": ",".join(["full"] * 5)}, ["attention.layers=", "names 5 layers", "model.num_layers=4"]),
+    ({"window": 8}, ["attention.window=8", "has no sliding layer"]),
+    ({"chunk": 8}, ["attention.chunk=8", "has no chunked layer"]),
+    ({"layers": "sliding"}, ["attention.window=0", "which need it above 0"]),
+    ({"layers": "full:nope", "positions": "none"}, ["attention.layers='full:nope'", "rotates no layer"]),
+    ({"layers": "full:nope", "qk_norm": "unscaled"}, ["attention.qk_norm='unscaled'", "leave none"]),
+    ({"layers": "full:nope", "rope_pairs": "interleaved"}, ["attention.rope_pairs='interleaved'", "a rotated layer"]),
+    ({"temperature_scale": 0.1}, ["attention.temperature_scale=0.1", "':nope' layers"]),
+    ({"temperature_floor": 4}, ["attention.temperature_floor=4", "has no effect without attention.temperature_scale"]),
+    ({"rope_factor": 2.0}, ["attention.rope_factor=2.0", "has no effect without attention.rope_scaling"]),
+    ({"rope_scaling": "yarn", "rope_factor": 2.0}, ["attention.rope_original_length=0", "needs the length"]),
+    ({"rope_scaling": "yarn", "rope_original_length": 8, "rope_low_factor": 2.0}, ["attention.rope_low_factor", "'llama3'"]),
+    ({"rope_scaling": "llama3", "rope_original_length": 8, "rope_mscale": 1.0}, ["attention.rope_mscale", "'yarn'"]),
+    ({"rope_factor": 0.5}, ["attention.rope_factor=0.5", "at least 1"]),
+    ({"latent_rank": 8}, ["attention.latent_rank=8", "has no effect without attention.kind='latent'"]),
+    ({"kind": "latent"}, ["attention.latent_rank=0", "above 0 with attention.kind='latent'"]),
+    ({"kind": "latent", "latent_rank": 8, "rope_dim": 3, "value_dim": 8}, ["attention.rope_dim=3", "even", "2, 4"]),
+    ({"kind": "latent", "latent_rank": 8, "rope_dim": 32, "value_dim": 8}, ["attention.rope_dim=32", "model.head_dim=32"]),
+    ({"kind": "latent", "latent_rank": 8, "rope_dim": 4, "value_dim": 8, "bias": "qkv"}, ["attention.bias='qkv'", "no biases"]),
+    ({"relative_buckets": 16}, ["attention.relative_buckets=16", "has no effect without attention.positions='relative'"]),
+])
+def test_attention_that_cannot_be_or_would_not_act_is_refused(attention, words):
+    message = refusal({"attention": attention})
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"model": {"num_kv_heads": 2}, "attention": dict(kind="latent", latent_rank=8, rope_dim=4, value_dim=8)},
+     ["model.num_kv_heads=2", "share one latent", "model.num_heads=4"]),
+    ({"model": {"rope_theta": 5.0}, "attention": {"positions": "none"}}, ["model.rope_theta=5.0", "has no effect"]),
+    ({"model": {"head_dim": 7}}, ["model.head_dim=7", "even", "6, 8"]),
+    ({"model": {"d_model": 3}, "attention": {"positions": "sinusoidal"}}, ["model.d_model=3", "set it to 4 or more"]),
+    ({"model": {"scaled_tied_logits": False}}, ["model.scaled_tied_logits=False", "model.tie_embedding=True"]),
+    ({"model": {"mlp_bias": True}, "moe": {"every": 1}}, ["model.mlp_bias=True", "moe.expert_bias"]),
+    ({"model": {"norm": "batch"}}, ["model.norm='batch'", "'rms', 'layer'"]),
+    ({"attention": dict(layers="sliding", window=4), "data": dict(objective="ul2", prefix_attention="bidirectional")},
+     ["attention.layers='sliding'", "look back only"]),
+])
+def test_a_model_is_checked_against_its_attention(config, words):
+    message = refusal(config)
+    assert all(word in message for word in words), message
+
+
+def test_a_pattern_of_attention_is_repeated_over_the_layers():
+    config = resolve({"model": {"num_layers": 5}, "attention": dict(layers="chunked, full:nope", chunk=8)})
+    assert config.attention_layers == (LayerAttention("chunked"), LayerAttention("full", False)) * 2 + (LayerAttention("chunked"),)
+    assert resolve({"model": {"head_dim": 7}, "attention": {"positions": "none"}}).model.head_dim == 7
+
+
 # Round trips
 
 
@@ -469,6 +574,15 @@ def test_differences_name_what_changed_and_nothing_else():
 
 def test_differences_show_keys_that_only_one_side_has():
     assert differences({"moe": {"old": 1}}, {"moe": {}, "mesh": {"new": 2}}) == ["mesh.new: None -> 2", "moe.old: 1 -> None"]
+
+
+def test_a_config_recorded_before_a_section_or_setting_came_has_their_defaults():
+    recorded = CHANGED.to_dict()
+    del recorded["attention"], recorded["model"]["norm"]
+    recorded["moe"]["gone"] = 1
+    assert differences(with_defaults(recorded), CHANGED.to_dict()) == ["moe.gone: 1 -> None"]
+    del recorded["moe"]["gone"]
+    assert resolve(recorded) == CHANGED
 
 
 def test_a_config_is_frozen_and_hashable():

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from moe_jax.config import ConfigError
-from moe_jax.models.decoder import layer_pattern
+from moe_jax.models.stack import layer_pattern
 from moe_jax.nn.moe import RoutingMode
 from moe_jax.training.evaluate import put_batch
 from moe_jax.training.step import check_statistics, gradients

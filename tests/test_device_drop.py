@@ -123,11 +123,11 @@ def test_a_share_of_the_sequences_is_exempt_in_every_layer():
         sums[share] = tiny.grads(config, tiny.params(config), batch)[1]["routing"]
     assert (sums[0.0]["kept_LE"].sum(1) < 2 * 128).all()
     np.testing.assert_array_equal(sums[1.0]["kept_LE"].sum(1), 2 * 128)
-    from moe_jax.models.decoder import _undropped
+    from moe_jax.models.decoder import undropped
     config, mode = tiny.config(**DROPPING), RoutingMode.training(tiny.config(**DROPPING))
     with jax.set_mesh(tiny.ONE):
         valid_BS = jnp.arange(3)[None, :] < jnp.where(jnp.arange(4000) % 2 == 0, 3, 2)[:, None]
-        draw = lambda seed: np.asarray(_undropped(config, valid_BS, mode, jax.random.key(seed)))
+        draw = lambda seed: np.asarray(undropped(config, valid_BS, mode, jax.random.key(seed)))
         first, again, other = draw(0), draw(0), draw(1)
     np.testing.assert_array_equal(first, again)
     for key in jax.random.split(jax.random.key(0), config.model.num_layers):  # by a key that no layer has

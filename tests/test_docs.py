@@ -14,7 +14,8 @@ import oracles
 import pytest
 import records
 
-from benchmarks import expert_parallel, moe_layer, policy_variance, train_step as train_step_benchmark
+from benchmarks import expert_parallel, families as families_benchmark, moe_layer, policy_variance
+from benchmarks import train_step as train_step_benchmark
 from moe_jax import cli, routing
 from moe_jax.analysis.catalogue import ANALYSES, Analysis
 from moe_jax.config import SECTIONS, ConfigError, known_keys, load_config
@@ -32,7 +33,8 @@ DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("README.md"), *ROOT.glob
                     *ROOT.glob("experiments/README.md")])
 RECIPE = ROOT / "docs/adding_a_router.md"
 # Files that the recipe tells the reader to write.
-TO_BE_WRITTEN = ("moe_jax/routing/grouped_top_k.py", "tests/test_grouped_top_k.py", "moe_jax/analysis/gate_shares.py")
+TO_BE_WRITTEN = ("moe_jax/routing/grouped_top_k.py", "tests/test_grouped_top_k.py", "moe_jax/analysis/gate_shares.py",
+                 "configs/sample_tiny.py")
 
 # Options of gcloud, XPK and Slurm that docs/tpu.md explains.
 OPTIONS_OF_OTHERS = {"--max-restarts", "--node-count", "--node-id", "--num-slices", "--requeue", "--script-dir", "--worker"}
@@ -217,6 +219,7 @@ def test_commands_and_their_options_exist(path):
                 "python -m benchmarks.train_step": train_step_benchmark._parser(),
                 "python -m benchmarks.moe_layer": moe_layer._parser(),
                 "python -m benchmarks.policy_variance": policy_variance._parser(),
+                "python -m benchmarks.families": families_benchmark._parser(),
                 "python -m benchmarks.expert_parallel": expert_parallel._parser()}
     everything = {"--help", "-h", *OPTIONS_OF_OTHERS}.union(*map(options, programs.values()))
     for program, parser in programs.items():

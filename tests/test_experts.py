@@ -16,7 +16,7 @@ from test_moe_layer import numpy_layer
 
 from moe_jax.config import ACTIVATIONS, ConfigError
 from moe_jax.dispatch.products import BatchedProducts, GroupedProducts, bias_by_blocks, bias_by_gather
-from moe_jax.models.decoder import Inputs, Layer
+from moe_jax.models.stack import Inputs, Layer, LayerKind
 from moe_jax.nn.activations import activation
 from moe_jax.nn.experts import Experts, interleaved, split_interleaved
 from moe_jax.nn.mlp import MLP
@@ -380,7 +380,7 @@ def numpy_mlp(mlp, x):
 
 def layer_without_attention(residual):
     """A layer whose attention gives 0, with norms that are told apart by their scales."""
-    layer = Layer(tiny.config(moe_residual_ffn=residual), True, nnx.Rngs(params=0))
+    layer = Layer(tiny.config(moe_residual_ffn=residual), LayerKind(True), nnx.Rngs(params=0))
     layer.attention.w_out_HdD[...] = jnp.zeros_like(layer.attention.w_out_HdD[...])
     layer.ffn_norm.scale_D[...] = 1 + 0.3 * draw(16, seed=7)
     if residual == "sequential":

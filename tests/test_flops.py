@@ -51,6 +51,21 @@ def test_shared_experts_and_plain_activations_are_counted():
     assert count.total - without.total == count.active - without.active == 2 * 2 * 16 * 16
 
 
+def test_a_shared_expert_of_its_own_width_its_gate_and_a_routers_bias_are_counted():
+    options = tiny.config(moe_num_shared_experts=2, moe_shared_d_ff=24, moe_shared_gate=True, moe_router_bias=True)
+    count, without = count_parameters(options, 32), count_parameters(tiny.config(), 32)
+    shared = 3 * 16 * 2 * 24
+    assert count.total - without.total == count.active - without.active == 2 * (shared + 16 + 4)
+    more = forward_flops_per_token(options, 32, 16) - forward_flops_per_token(tiny.config(), 32, 16)
+    assert more == 2 * 2 * (shared + 16)
+
+
+def test_moe_layers_named_one_by_one_are_counted():
+    count = count_parameters(tiny.config(moe_layers="0,1,3"), 32)
+    dense = 4 * (ATTENTION + NORMS) + MLP + 16 + TABLES
+    assert (count.total, count.active) == (dense + 3 * (4 * EXPERT + ROUTER), dense + 3 * (2 * EXPERT + ROUTER))
+
+
 @pytest.mark.parametrize("activation, matrices", [("relu_squared", 2), ("gelu_exact", 2), ("swiglu_clamped", 3),
                                                   ("swiglu_linear", 4)])
 def test_an_activation_has_its_own_number_of_matrices(activation, matrices):
@@ -147,3 +162,25 @@ def test_hardware_flops_count_every_slot_filled_or_not(settings, slots_per_token
 def test_hardware_flops_of_a_dense_model_are_its_model_flops():
     config = tiny.config(moe_num_experts=0)
     assert hardware_flops_per_token(config, 32) == training_flops_per_token(config, 32)
+
+
+def test_windows_and_chunks_are_counted_by_what_they_see():
+    full = tiny.config(moe_num_experts=0)
+    limited = tiny.config(moe_num_experts=0, attention_layers="sliding,chunked", attention_window=4, attention_chunk=6)
+    # Of 16 tokens: windows of 4 but for the first, 4 - 4²/32; chunks of 6, 6 and 4, (36 + 36 + 16) / 32. Full: 8.
+    less = 2 * (8 - 3.5) + 2 * (8 - 2.75)
+    assert forward_flops_per_token(full, 32, 16) - forward_flops_per_token(limited, 32, 16) == 2 * 2 * 4 * 4 * less
+    # The last token: all 16, a window, and the 4 of its chunk.
+    more = [forward_flops_per_token(config, 32, 16, last=True) - 4 * 2 * (ATTENTION + MLP) - 1024 for config in (full, limited)]
+    assert more == [4 * 2 * 2 * 4 * 4 * 16, 2 * 2 * 2 * 4 * 4 * (4 + 4)]
+
+
+def test_latent_attention_by_hand():
+    config = tiny.config(moe_num_experts=0, model_num_kv_heads=4, model_head_dim=10, attention_kind="latent",
+                         attention_query_rank=8, attention_latent_rank=6, attention_rope_dim=4, attention_value_dim=8)
+    matrices = 16 * 8 + 8 * 4 * 10 + 16 * (6 + 4) + 6 * 4 * (6 + 8) + 4 * 8 * 16
+    assert count_parameters(config, 32).total == 4 * (matrices + 8 + 6 + NORMS + MLP) + 16 + TABLES
+    weights = 4 * 2 * (matrices + MLP) + 1024
+    assert forward_flops_per_token(config, 32, 16) == weights + 4 * 2 * 4 * (10 + 8) * 8
+    # A single token reads latents of 6 and keys of 4, twice the latents: for scores and for values.
+    assert forward_flops_per_token(config, 32, 16, last=True) == weights + 4 * 2 * 4 * (6 + 4 + 6) * 16

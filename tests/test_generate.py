@@ -159,7 +159,7 @@ def frequencies(sampling, draws=4000):
     @jax.jit
     def many(keys_B):
         logits_BV = jnp.broadcast_to(jnp.log(jnp.asarray(PROBABILITY, jnp.float32)), (draws, 6))
-        return _draw(logits_BV, keys_B, 0, sampling, 5)
+        return _draw(logits_BV, keys_B, 0, sampling, 5, (0,))
 
     with jax.set_mesh(tiny.ONE):
         ids_B = np.asarray(many(jax.random.split(jax.random.key(0), draws)))

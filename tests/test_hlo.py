@@ -232,11 +232,11 @@ def loop(trips_text="", limit="constant(6)", start="constant(0)", step="constant
   %next = s32[] add(%i, %one)
   %y = bf16[8,128]{{1,0}} all-reduce(%x), replica_groups={{}}, to_apply=%add
   ROOT %u = (s32[], bf16[8,128]{{1,0}}) tuple(%next, %y)
-}}""", f"""%less (a: s32[], b: s32[]) -> pred[] {{
+}}""", """%less (a: s32[], b: s32[]) -> pred[] {
   %a = s32[] parameter(0)
   %b = s32[] parameter(1)
   ROOT %lt = pred[] compare(%a, %b), direction=LT
-}}""", f"""%test (v: (s32[], bf16[8,128])) -> pred[] {{
+}""", f"""%test (v: (s32[], bf16[8,128])) -> pred[] {{
   %v = (s32[], bf16[8,128]{{1,0}}) parameter(0)
   %k = s32[] get-tuple-element(%v), index=0
   %limit = s32[] {limit}

@@ -131,7 +131,7 @@ def test_a_plain_run_prints_one_line_per_logged_step_and_nothing_from_libraries(
     for line in steps:
         assert re.search(r"loss \d\.\d{4}  .*drop \d+\.\d %  imbalance \d\.\d\d  eta ", line), line
     assert "tokens/s" in steps[1]
-    sections = ("model:", "moe:", "data:", "mesh:", "optimizer:", "training:", "versions:")
+    sections = ("model:", "attention:", "moe:", "data:", "mesh:", "optimizer:", "training:", "versions:")
     known = (*sections, "step ", "First step after", "Validation:", "Done in", "17,040 parameters")
     strange = [line for line in outcome.err.splitlines() if not line.startswith(known)]
     assert strange == []

@@ -11,7 +11,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from moe_jax.nn.moe import GroupLayout, MoELayer, RoutingMode
+from moe_jax.nn.groups import GroupLayout
+from moe_jax.nn.moe import MoELayer, RoutingMode
 from moe_jax.sharding import ACTIVATIONS, parameter_spec, spec
 from moe_jax.training.step import check_statistics
 

@@ -121,6 +121,17 @@ def test_the_module_in_numpy():
         np.testing.assert_allclose(found.further_logits[depth], rms(h) @ head, rtol=1e-4, atol=1e-4)
 
 
+def test_its_block_has_the_relative_positions_of_the_decoder():
+    """In a model whose other attention adds nothing, their biases act there alone."""
+    config = config_of(1, moe_num_experts=0, attention_positions="relative")
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 0 if path[-1].key == "w_out_HdD" and path[0].key != "mtp" else leaf, tiny.params(config))
+    random = np.random.default_rng(0).normal(size=params["relative_bias_XH"].shape).astype(np.float32)
+    before, after = (logits_of(output(config, {**params, "relative_bias_XH": scale * random})) for scale in (0, 1))
+    np.testing.assert_array_equal(after[0], before[0])
+    assert np.abs(after[1] - before[1]).max() > 1e-2
+
+
 def test_a_token_is_predicted_from_those_before_it_alone():
     """Changing token t changes no prediction of it or of earlier ones, at any depth, and no other document's."""
     config = config_of()

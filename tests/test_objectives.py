@@ -107,6 +107,8 @@ class Given:
 
     examples: list
     ends: bool = False
+    begin_id: int = 0
+    end_id: int = 1
 
     def longest(self, room, most=None):
         return 1 if self.examples and sum(map(len, self.examples[0])) <= room else 0

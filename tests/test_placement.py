@@ -520,11 +520,14 @@ def test_a_placement_of_another_run_or_a_damaged_one_is_refused(moe_jax, run, tm
 
     error = refused(lambda value: value["run"]["config"]["moe"].update(num_experts=8))
     assert "was made for another run" in error and "moe.num_experts: 8 -> 6" in error
+    assert "attention.bias: 'qkv' -> 'none'" in refused(lambda value: value["run"]["config"]["attention"].update(bias="qkv"))
     assert "training.seed: 5 -> 0" in refused(lambda value: value["run"].update(seed=5))
     assert "holds no placement of this version" in refused(lambda value: value.update(format=2))
     assert "is damaged (KeyError: 'load')" in refused(lambda value: value.pop("load"))
     assert "a layer lacks one of the experts" in refused(lambda value: value["expert_of_copy"][0].__setitem__(0, 17))
     assert "do not divide over 4 devices" in refused(lambda value: value.update(devices=4))
+    # One of before there was that section is as good.
+    assert "do not divide" in refused(lambda value: (value["run"]["config"].pop("attention"), value.update(devices=4)))
     assert "are not of 1 layers of 6 experts" in refused(lambda value: value["load"].append(value["load"][0]))
     out.write_text(out.read_text()[:100])
     assert "is no JSON" in moe_jax("eval", f"--workdir={run}", f"--placement={out}").error

@@ -25,7 +25,7 @@ from moe_jax.planning.formulas import estimate
 from moe_jax.planning.plan import COMPILED, Change, Exchange, Memory, Plan, make_plan
 from moe_jax.planning.plan_table import GIB, count_text, merged, seconds_text, text_of, text_of_search
 from moe_jax.planning.meshes import legal_meshes
-from moe_jax.planning.search import search
+from moe_jax.planning.search import chosen_mesh, search
 from moe_jax.planning.slices import has_libtpu, parse_slice
 from moe_jax.planning.suggestions import Suggestion
 from moe_jax.planning.times import StepTime
@@ -219,6 +219,25 @@ def test_where_the_formulas_were_too_hopeful_more_meshes_are_compiled():
     assert search(tiny(), parse_slice("v5e-8"), planner, 1).best.mesh == compiled[1]
 
 
+def test_a_mesh_that_is_chosen_is_the_fastest_that_leaves_room():
+    memory = lambda mesh: {1: 40.0, 2: 30.0}.get(mesh["fsdp"], 20.0)  # of 32: fsdp 2 fits, and leaves 6 % of it
+    planner, compiled = fake_planner(lambda mesh: 1.0 * mesh["fsdp"], memory)
+    chosen = chosen_mesh(tiny(), parse_slice("v5e-8"), planner, False)
+    assert chosen.mesh.fsdp == 4 and chosen.training.microbatches == 1 and not compiled
+
+
+def test_where_no_mesh_leaves_room_there_are_more_microbatches():
+    planner, _ = fake_planner(lambda mesh: 1.0 * mesh["fsdp"], lambda mesh: 30.0)
+    quarter = lambda config, compiled: planner(config, compiled) if config.training.microbatches < 2 else by_hand(
+        peak=20, mesh={axis: getattr(config.mesh, axis) for axis in AXES})
+    assert chosen_mesh(tiny(), parse_slice("v5e-8"), quarter, True).training.microbatches == 2
+    assert chosen_mesh(tiny(training__microbatches=1), parse_slice("v5e-8"), quarter, False).training.microbatches == 1
+    # Where that does not help either, what lacks least; 16 rows on 8 chips go through in two parts at most.
+    planner, _ = fake_planner(lambda mesh: 1.0, lambda mesh: 400.0 / mesh["fsdp"])
+    chosen = chosen_mesh(tiny(), parse_slice("v5e-8"), planner, True)
+    assert chosen.mesh.fsdp == 8
+
+
 def test_without_compiling_the_best_is_by_formula():
     planner, compiled = fake_planner(lambda mesh: mesh["tensor"], lambda mesh: 40.0 / mesh["expert"])
     found = search(tiny(), parse_slice("v5e-8"), planner, 0)
@@ -374,6 +393,19 @@ def test_inference_has_a_cache_and_no_optimizer(step, tokens):
     assert "KV cache" in text_of(plan)
 
 
+@pytest.mark.parametrize("step, tokens, words", [
+    ("train", 16 * (128 + 32), "16 sequences of 128 tokens and 32 targets"),
+    ("prefill", 16 * 128, "16 sequences of 128 tokens for the encoder"),
+    ("decode", 16, "16 sequences with a cache of 32 tokens behind 128 of the encoder")])
+def test_an_encoder_decoder_is_planned_as_two_stacks(step, tokens, words):
+    wanted, config = parse_slice("v5e-8"), tiny(model__encoder_layers=2, data__objective="span_corruption", data__target_length=32)
+    plan = make_plan(config, wanted, resolve_mesh(config, 8), step, compile=False)
+    assert plan.tokens == tokens and words in text_of(plan)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    if step != "train":
+        assert plan.kv_cache_bytes == 2 * 2 * 16 * (32 + 128) * 2 * 32 * 2  # as above, of what is written and of what is given
+
+
 def test_what_does_not_fit_by_formula_is_told_changes_that_do():
     wanted = parse_slice("v5e-8")
     config = tiny(model__num_layers=24, model__d_model=2048, model__d_ff=8192, moe__d_ff=8192, data__sequence_length=4096,
@@ -469,6 +501,24 @@ def test_a_search_by_formula_ranks_and_marks(moe_jax, tmp_path):
     seconds = [row["step_seconds"] for row in found["meshes"] if row["fits"]]
     assert len(found["meshes"]) == 16 and seconds == sorted(seconds)
     assert found["best"]["mesh"] == found["meshes"][0]["mesh"]
+
+
+def test_a_model_is_planned_by_its_name_and_what_was_chosen_is_said(moe_jax, tmp_path):
+    words = ("plan", "--config=openmoe_paper:base", "--slice=v5e-8", "--formula")
+    outcome = moe_jax(*words, "--config.model.remat=none", "--batch=64", f"--out={tmp_path / 'plan.png'}")
+    text = " ".join(outcome.out.split())
+    assert text.startswith("openmoe_paper:base on v5e-8: one training step")
+    chosen = text.split("where the name says nothing: ")[1].split(" memory per chip")[0].split()
+    assert chosen[:2] == ["--config.model.dtype=bfloat16", "--config.optimizer.name=adamw"]  # not what was given, nor the row's
+    assert [word.split("=")[0] for word in chosen[2:]] == ["--config.training.microbatches", "--config.training.num_steps",
+                                                          "--mesh"]
+    # Said so, the plan is the same.
+    found = json.loads(moe_jax(*words, "--config.model.remat=none", "--batch=64", *chosen, "--json").out)
+    again = json.loads(moe_jax(*words, "--config.model.remat=none", "--batch=64", "--json").out)
+    assert again.pop("chosen") == chosen and found.pop("chosen") == [] and found == again
+    assert found["memory"]["fits"] and found["sequences"] == 64 and found["sequence_tokens"] == 2048
+    kept = json.loads(moe_jax(*words, "--config.mesh.fsdp=8", "--json").out)
+    assert kept["mesh"]["fsdp"] == 8 and not any("mesh" in word for word in kept["chosen"])
 
 
 def test_without_libtpu_the_plan_is_by_formula_and_says_how_to_have_the_compiler(moe_jax, monkeypatch, tmp_path):

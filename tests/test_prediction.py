@@ -10,9 +10,9 @@ import records
 
 from moe_jax.analysis import prediction
 from moe_jax.analysis.prediction import (
-    Fitted, expert_prediction, first_half, fit, has_previous, prediction_recall, random_exact, ranks,
+    Fitted, expert_prediction, first_half, fit, prediction_recall, random_exact, ranks,
     token_overlap)
-from moe_jax.analysis.routing_counts import common_experts
+from moe_jax.analysis.routing_counts import common_experts, follows_T
 from moe_jax.analysis.tables import MissingArray
 
 
@@ -88,7 +88,7 @@ def test_documents_are_halved_and_what_is_tested_is_not_learned():
     assert (first_half(documents_T, seed=1) != half_T).any()
     record = records.make(tokens=2048, documents=32)
     fitted_T, tested_N = prediction.tested_tokens(record)
-    assert not fitted_T[tested_N].any() and has_previous(record, tested_N).all()
+    assert not fitted_T[tested_N].any() and follows_T(record)[tested_N].all()
     changed = record.experts_LTK.copy()
     changed[:, tested_N] = (changed[:, tested_N] + 1) % 8
     before, after = fit(record, fitted_T), fit(dataclasses.replace(record, experts_LTK=changed), fitted_T)
@@ -97,7 +97,9 @@ def test_documents_are_halved_and_what_is_tested_is_not_learned():
 
 def test_a_token_before_is_of_the_same_document_and_row():
     record = tiny([[[0]] * 6], documents_T=[0, 0, 1, 1, 1, 1], rows_T=[0, 0, 0, 0, 1, 1])
-    assert has_previous(record, np.arange(6)).tolist() == [False, True, False, True, False, True]
+    assert follows_T(record).tolist() == [False, True, False, True, False, True]
+    again = dataclasses.replace(record, positions_T=[0, 1, 0, 1, 2, 0])  # the last begins the document anew
+    assert follows_T(again).tolist() == [False, True, False, True, False, False]
 
 
 def slow_recall(record, fetched):

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from every_router import (
     D, E, FEW, G, LEARNED, OUTPUTS, T, VARIANTS, awkward, kept_of, lists_of, moved, noisy_logits, numpy_choice, numpy_gates,
-    numpy_scores, problem, pulled, routed, variants, with_previous)
+    numpy_scores, problem, pulled, routed, with_previous)
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,7 +49,8 @@ def test_every_router_is_in_the_table_and_so_are_its_options():
 # Options without a variant here, because they are another router's too or change no property that is tried.
 OF_TOP_K = {"score", "route_scale", "second_policy", "second_threshold", "second_in_queue", "num_groups", "groups_per_token",
             "group_score", "priority", "padding", "device_weight", "communication_weight"}
-IN_THE_LAYER = {"device_capacity_factor"}  # tests/test_device_drop.py
+# tests/test_device_drop.py, tests/test_checkpoint_routing.py, tests/test_config.py
+IN_THE_LAYER = {"device_capacity_factor", "renormalize_after_drops", "allow_untrained_router"}
 OF_PLANS = {"transport_tolerance", "transport_iterations", "transport_rate", "transport_gate", "transport_plan",
             "importance_weight"}  # tests/test_transport.py, tests/test_semi_dual.py
 UNTRIED = {

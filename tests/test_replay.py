@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from moe_jax.config import ConfigError, MoEConfig
-from moe_jax.nn.moe import GroupLayout, RoutingMode
+from moe_jax.nn.groups import GroupLayout
+from moe_jax.nn.moe import RoutingMode
 from moe_jax.routing import ROUTERS, RouterInputs, check_router
 from moe_jax.routing.assignment import token_choice_list
 from moe_jax.routing.replay import choices_by_token, recorded_experts

@@ -518,6 +518,9 @@ def test_b23_normalised_gates_of_one_expert_have_none_and_are_refused(gate):
     assert np.abs(gradient(moe, random_logits(6, 4), lambda r: jnp.sum(r.gate_N))).max() < 1e-6
     with pytest.raises(ConfigError, match="experts_per_token=1"):
         check_router(moe)
+    allowed = dataclasses.replace(moe, allow_untrained_router=True)  # of an imported checkpoint; training refuses it
+    check_router(allowed)
+    np.testing.assert_array_equal(route(allowed, random_logits(6, 4)).gate_N, np.ones(6))
 
 
 # Expert choice
@@ -586,7 +589,7 @@ def test_expert_choice_gates_carry_gradient_and_the_choice_none():
 
 def test_expert_choice_over_the_batch_compares_sequences_at_one_position():
     """group_over='batch': one position of B sequences is a group, so other positions cannot matter (A6)."""
-    from moe_jax.nn.moe import GroupLayout
+    from moe_jax.nn.groups import GroupLayout
     from moe_jax.config import DataConfig
     from moe_jax.sharding import make_mesh
     run = Config(moe=config(router="expert_choice", balance_weight=0.0, group_over="batch"),

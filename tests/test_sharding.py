@@ -33,6 +33,12 @@ def test_a_spec_is_read_letter_by_letter(letters, table, expected):
     assert spec(letters, table) == expected
 
 
+def test_an_axis_that_two_letters_want_is_the_first_ones():
+    assert parameter_spec("w_latent_DR", 2) == P("fsdp", None)
+    assert parameter_spec("w_key_RHd", 4) == P(None, "fsdp", "tensor", None)
+    assert parameter_spec("scale_R", 1) == parameter_spec("bias_D", 2) == P()
+
+
 def test_every_mesh_axis_is_used_and_no_spec_uses_one_twice():
     used = {axis for table in (PARAMETERS, ACTIVATIONS) for axes in table.values() for axis in np.atleast_1d(axes)}
     assert used == {"data", "fsdp", "expert", "tensor"}

@@ -4,6 +4,11 @@ Compiled for TPUs: ``test_compiled_plan.py``.
 """
 
 import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +17,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from moe_jax.config import ConfigError, ModelConfig, resolve
+from moe_jax.config import AttentionConfig, ConfigError, LayerAttention, ModelConfig, resolve
 from moe_jax.nn import attention, splash
 from moe_jax.nn.attention import uses_splash
 from moe_jax.sharding import ACTIVATIONS, spec
@@ -48,11 +53,40 @@ def test_the_kernel_is_the_plain_one(shape, sizes):
             (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
         return [np.asarray(out) * valid_BS[:, :, None, None], *map(np.asarray, grads)]
 
-    plain = result(lambda q, k, v: attention._attend(q, k, v, mask_BST, head**-0.5), tiny.ONE)
+    plain = result(lambda q, k, v: attention.attend(q, k, v, mask_BST, head**-0.5), tiny.ONE)
     kernel = result(lambda q, k, v: IN_STEPS(q, k, v, jnp.asarray(segments_BS), head**-0.5), tiny.mesh(**sizes))
     for one, other in zip(plain, kernel):
         assert np.abs(one).max() > 0.1
         np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("window, value, sizes", [(100, 64, {}), (0, 128, {"data": 2, "tensor": 2})])
+def test_the_kernel_is_the_plain_one_in_windows_with_sinks_and_values_of_another_width(window, value, sizes):
+    """Gradients of the sinks too, which every device has a part of."""
+    length, heads, kv_heads, head = 128, 4, 2, 64
+    rng = np.random.default_rng(0)
+    draw = lambda heads, width: jnp.asarray(rng.normal(size=(2, length, heads, width)), jnp.float32)
+    given = draw(heads, head), draw(kv_heads, head), draw(kv_heads, value), jnp.asarray(rng.normal(size=heads), jnp.float32)
+    segments_BS = np.sort(rng.integers(1, 3, (2, length)), axis=1).astype(np.int32)
+    distance_ST = np.arange(length)[:, None] - np.arange(length)[None]
+    mask_BST = (segments_BS[:, :, None] == segments_BS[:, None, :]) & (distance_ST >= 0) & (distance_ST < (window or length))
+    d_out = draw(heads, value)
+
+    def result(attend, mesh):
+        def loss(query, key, value, sink_H):
+            out = attend(query, key, value, sink_H)
+            return jnp.sum(out * d_out), out
+
+        with jax.set_mesh(mesh):
+            (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(*given)
+        return [np.asarray(out), *map(np.asarray, grads)]
+
+    plain = result(lambda q, k, v, sink: attention.attend(q, k, v, mask_BST, head**-0.5, sink), tiny.ONE)
+    kernel = result(lambda q, k, v, sink: IN_STEPS(q, k, v, jnp.asarray(segments_BS), head**-0.5, window=window, sink_H=sink),
+                    tiny.mesh(**sizes))
+    for one, other in zip(plain, kernel):
+        assert np.abs(one).max() > 0.1
+        np.testing.assert_allclose(one, other, atol=5e-5)
 
 
 def test_a_model_gives_the_same_logits_and_gradients_by_the_kernel(monkeypatch):
@@ -63,9 +97,9 @@ def test_a_model_gives_the_same_logits_and_gradients_by_the_kernel(monkeypatch):
     params = tiny.params(config)
     plain = tiny.grads(config, params, batch)
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         calls.append(arguments)
-        return IN_STEPS(*arguments)
+        return IN_STEPS(*arguments, **options)
 
     monkeypatch.setattr(attention, "lowering_platform", lambda: "tpu")
     monkeypatch.setattr(attention, "splash", counted)
@@ -115,8 +149,42 @@ def test_auto_takes_it_where_it_can_and_splash_says_why_it_cannot(monkeypatch):
     assert not uses(length=16, head_dim=64, attention="splash", required=False)
 
 
+def test_layers_that_it_does_not_compute_are_left_to_the_plain_one(monkeypatch):
+    monkeypatch.setattr(attention, "lowering_platform", lambda: "tpu")
+
+    def uses(implementation="splash", span="full", **settings):
+        return uses_splash(ModelConfig(head_dim=64, attention=implementation), 256, True, AttentionConfig(**settings),
+                           LayerAttention(span))
+
+    assert uses(sinks=True, bias="all", qk_norm="head") and uses(span="sliding", layers="sliding", window=100)
+    latent = dict(kind="latent", latent_rank=8, rope_dim=8)
+    assert uses(**latent, value_dim=128) and not uses("auto", **latent, value_dim=24)
+    with pytest.raises(ConfigError, match="values whose width is a multiple of 64, and attention.value_dim is 24"):
+        uses(**latent, value_dim=24)
+    assert not uses("auto", "chunked", layers="chunked", chunk=8)
+    with pytest.raises(ConfigError, match="counts places in a row, and the chunks of attention.layers are of positions"):
+        uses("splash", "chunked", layers="chunked", chunk=8)
+    with pytest.raises(ConfigError, match="adds nothing to scores, and attention.positions is 'relative'"):
+        uses(positions="relative")
+
+
 def test_where_padding_matters_it_is_refused_and_auto_is_plain():
     with pytest.raises(ConfigError, match="model.attention='splash': sees padding otherwise.*moe.padding='routed'"):
         resolve({"model": {"attention": "splash"}, "moe": {"padding": "routed"}})
     with pytest.raises(ConfigError, match="model.attention='flash': allowed are 'auto', 'plain', 'splash'"):
         resolve({"model": {"attention": "flash"}})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install '.[tpu]')")
+def test_compiled_for_a_tpu_it_computes_the_blocks_of_the_window():
+    script = pathlib.Path(__file__).resolve().with_name("splash_tpu.py")
+    environment = os.environ | dict(
+        TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled", TPU_MIN_LOG_LEVEL="3", JAX_PLATFORMS="cpu",
+        PYTHONPATH=str(script.parents[1]))
+    done = subprocess.run([sys.executable, script, "v5e:2x2"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Two sequences and two heads on a device; 1,024 tokens are two blocks, of which a window of 600 hides one of four. Forward
+    # and backward two, three and four products of a pair of blocks, of the width of queries (192) or of values (64).
+    pairs, widths = 2 * 2 * 3 * 512 * 512, (192 + 64) + (2 * 192 + 64) + (2 * 192 + 2 * 64)
+    assert int(done.stdout.splitlines()[-1]) == 2 * pairs * widths

@@ -276,7 +276,7 @@ def numpy_grouped(logits_TE, moe, bias_E):
         s = numpy_softmax(logits) if moe.score == "softmax" else 1 / (1 + np.exp(-logits))
         rank = s + bias_E
         groups = [np.sort(rank[x * size:(x + 1) * size])[::-1] for x in range(moe.num_groups)]
-        count = 1 if moe.group_score == "max" else moe.experts_per_token // moe.groups_per_token
+        count = {"max": 1, "top_2_sum": 2, "top_sum": moe.experts_per_token // moe.groups_per_token}[moe.group_score]
         allowed = best([group[:count].sum() for group in groups], moe.groups_per_token)
         chosen = best([r if e // size in allowed else -np.inf for e, r in enumerate(rank)], moe.experts_per_token)
         gate = s[chosen] / s[chosen].sum() if moe.renormalize else s[chosen]
@@ -290,7 +290,9 @@ V3 = dict(num_experts=16, experts_per_token=4, num_groups=4, groups_per_token=2,
           renormalize=True, route_scale=2.5, bias_update_rate=0.001)
 
 
-@pytest.mark.parametrize("options", [V2, V3, {**V3, "group_score": "max"}, {**V2, "group_score": "top_sum"}])
+@pytest.mark.parametrize("options", [V2, V3, {**V3, "group_score": "max"}, {**V2, "group_score": "top_sum"},
+                                     {**V3, "group_score": "top_2_sum", "experts_per_token": 2},
+                                     {**V3, "group_score": "top_2_sum", "experts_per_token": 6}])
 def test_deepseek_routers_equal_the_reference(options):
     moe, logits = config(**options), 2 * random_logits(60, 16)
     bias = np.random.default_rng(1).normal(size=16) if moe.bias_update_rate else np.zeros(16)

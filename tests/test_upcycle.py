@@ -211,10 +211,28 @@ def test_noise_has_the_asked_scale_differs_between_experts_and_spares_everything
     (dict(moe_residual_ffn="parallel"), "moe.residual_ffn='parallel': .* set it to 'none'"),
     (dict(moe_num_zero_experts=1), "moe.num_zero_experts=1: .* set it to 0"),
     (dict(model_num_kv_heads=4), "model.num_kv_heads=4: the dense run was trained with 2"),
+    (dict(attention_qk_norm="head"), "attention.qk_norm='head': the dense run was trained with 'none'"),
+    (dict(attention_layers="sliding", attention_window=4), "attention.layers='sliding': the dense run was trained with 'full'"),
     (dict(model_d_model=32), "model.d_model=32: the dense run was trained with 16")])
 def test_configs_whose_experts_could_not_be_copies_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         check_upcyclable(tiny.config(**DENSE), tiny.config(**{**SPARSE, **settings}))
+
+
+def test_experts_that_would_cut_elsewhere_are_no_copies():
+    clamped = dict(model_activation="swiglu_clamped", moe_activation="swiglu_clamped")
+    with pytest.raises(ConfigError, match="moe.activation_limit=5.0, moe.activation_alpha=1.702: .* trained with 7.0 and 1.702"):
+        check_upcyclable(tiny.config(**DENSE, **clamped), tiny.config(**SPARSE, **clamped, moe_activation_limit=5.0))
+    check_upcyclable(tiny.config(**DENSE, **clamped), tiny.config(**SPARSE, **clamped))
+
+
+def test_networks_with_biases_become_experts_with_biases():
+    dense = tiny.config(**DENSE, model_mlp_bias=True)
+    with pytest.raises(ConfigError, match="moe.expert_bias=False: the copied networks have biases"):
+        check_upcyclable(dense, tiny.config(**SPARSE, model_mlp_bias=True))
+    check_upcyclable(dense, tiny.config(**SPARSE, model_mlp_bias=True, moe_expert_bias=True))
+    check_upcyclable(dense, tiny.config(**{**SPARSE, "moe_every": 1}, moe_expert_bias=True))  # no dense network is left
+    check_upcyclable(tiny.config(**DENSE), tiny.config(**SPARSE, moe_expert_bias=True))  # which start at 0
 
 
 def test_a_mixture_is_no_dense_model():

@@ -13,7 +13,8 @@ import tiny
 from flax import nnx
 
 from moe_jax.config import ConfigError, MoEConfig
-from moe_jax.nn.moe import GroupLayout, MoELayer, RoutingMode
+from moe_jax.nn.groups import GroupLayout
+from moe_jax.nn.moe import MoELayer, RoutingMode
 from moe_jax.routing import ROUTERS
 from moe_jax.routing.balance import RouterStatistics, balance_loss
 from moe_jax.routing.replay import recorded_experts

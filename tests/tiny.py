@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from moe_jax.config import Config, MoEConfig, resolve
+from moe_jax.config import Config, DataConfig, MoEConfig, resolve
 from moe_jax.nn.moe import RoutingMode
 from moe_jax.routing import ROUTERS
 from moe_jax.routing.policy import keeps_running_mean
@@ -30,6 +30,7 @@ def config(**settings) -> Config:
     """
     sections = {
         "model": dict(num_layers=4, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=32, init_scale=1.0),
+        "attention": {},
         "moe": dict(num_experts=4, experts_per_token=2, every=2, d_ff=16, min_capacity=1, router_init=0.5,
                     router_z_weight=0.001),
         "data": dict(sequence_length=16, batch_size=8),
@@ -92,10 +93,31 @@ def params(config: Config):
     drawing compiles for seconds."""
     model = dataclasses.replace(config.model, dtype="float32", remat="none")
     moe = dataclasses.replace(MoEConfig(), **{name: getattr(config.moe, name) for name in (
-        "num_experts", "experts_per_token", "every", "first", "first_dense_layers", "d_ff", "activation",
-        "num_shared_experts", "expert_bias", "residual_ffn", "router_init", "num_identity_experts", "num_zero_experts", "num_constant_experts")})
-    tree = jax.tree.map(lambda leaf: leaf, _params(Config(model=model, moe=moe)))
+        "num_experts", "experts_per_token", "every", "first", "first_dense_layers", "layers", "encoder_layers", "d_ff", "activation",
+        "num_shared_experts", "shared_d_ff", "shared_gate", "router_bias", "expert_bias", "residual_ffn", "router_init",
+        "num_identity_experts", "num_zero_experts", "num_constant_experts")})
+    tree = jax.tree.map(lambda leaf: leaf, _params(Config(model=model, attention=config.attention, moe=moe, data=_rows(config))))
     return tree if config.moe.is_dense or ROUTERS[config.moe.router].learned else without(tree, "w_router_DE")
+
+
+def _rows(config: Config) -> DataConfig:
+    """What an encoder–decoder must know of its rows; of no use to parameters."""
+    if not config.model.encoder_layers:
+        return DataConfig()
+    return DataConfig(objective=config.data.objective, target_length=config.data.target_length)
+
+
+def pair(rows=8, given=16, written=12, given_lengths=None, written_lengths=None, segments=1, seed=0) -> dict[str, np.ndarray]:
+    """A batch for an encoder–decoder: :func:`batch` of ``written`` tokens, and one of ``given`` for the encoder, whose ids begin
+    with a token."""
+    encoder = batch(rows, given, seed + 1, None, segments)
+    encoder["input_ids"] = encoder.pop("target_ids")
+    if given_lengths is not None:
+        encoder["valid"] = np.arange(given)[None, :] < np.asarray(given_lengths)[:, None]
+        encoder = {**encoder, **{name: np.where(encoder["valid"], encoder[name], fill).astype(np.int32)
+                                 for name, fill in PADDING.items() if name in encoder}}
+    decoder = batch(rows, written, seed, written_lengths, segments)
+    return {**decoder, **{f"encoder_{name}": values for name, values in encoder.items()}}
 
 
 def without(tree, name: str):

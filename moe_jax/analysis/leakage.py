@@ -29,10 +29,13 @@ def future_leakage(run: Run, params: Any, bias_LE: jax.Array, batches: Iterable[
       cuts: different places at which each batch is cut, all rows of it at the same.
 
     Raises:
-      ValueError: a group takes all rows of a batch, so that no other text is left that it has not seen; or there is
-        nothing to look at.
+      ValueError: the model has an encoder; a group takes all rows of a batch, so that no other text is left that it has not
+        seen; or there is nothing to look at.
     """
     config = run.config
+    if config.model.encoder_layers:
+        raise ValueError(f"model.encoder_layers={config.model.encoder_layers}: what a decoder's router may see of later tokens is "
+                         f"measured on text that one stack reads; an encoder sees all of its own anyway")
     shift = 1 if config.moe.group_over == "batch" else config.sequences_per_group
     if shift >= config.data.batch_size:
         raise ValueError(f"a group takes {shift} sequences, all of data.batch_size={config.data.batch_size}: what follows in one "

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax import files
 from moe_jax.analysis.report_figures import device_loads
-from moe_jax.config import Config, differences, resolve
+from moe_jax.config import Config, differences, resolve, with_defaults
 from moe_jax.dispatch.placement import Placement, imbalance, in_order, per_device_sums, place, renumber
 from moe_jax.errors import UserError
 from moe_jax.training.metrics import read_metrics
@@ -134,7 +134,7 @@ def place_run(workdir: pathlib.Path, devices: int, nodes: int = 1, redundant: in
 def _identity(values: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     """What makes a run the one it is: what it learns and how, and the order that its experts are in."""
     order_LE = read_order(workdir)
-    return {"config": {section: values.get(section, {}) for section in ("model", "moe", "data", "optimizer")},
+    return {"config": {section: values.get(section, {}) for section in ("model", "attention", "moe", "data", "optimizer")},
             "seed": values.get("training", {}).get("seed"),
             "expert_order": None if order_LE is None else order_LE.tolist()}
 
@@ -191,7 +191,8 @@ def _check_run(value: Any, path: pathlib.Path, workdir: pathlib.Path) -> None:
     if not isinstance(value, dict) or not isinstance(value.get("run"), dict) or value.get("format") != FORMAT:
         raise PlacementError(f"--placement={path}: holds no placement of this version; make it again with moe-jax place.")
     here, there = _identity(read_config(workdir), workdir), value["run"]
-    changed = differences(there.get("config") or {}, here["config"])
+    # Files and runs of before a setting came have its default.
+    changed = differences(with_defaults(there.get("config") or {}), with_defaults(here["config"]))
     if there.get("seed") != here["seed"]:
         changed.append(f"training.seed: {there.get('seed')!r} -> {here['seed']!r}")
     if there.get("expert_order") != here["expert_order"]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax.analysis.bootstrap import Interval, bootstrap, mean_over_documents
 from moe_jax.analysis.recording import RoutingRecord
-from moe_jax.analysis.routing_counts import choices_per_token, chosen_TK, common_experts, count, pair_codes, ratio
+from moe_jax.analysis.routing_counts import choices_per_token, chosen_TK, common_experts, count, follows_T, pair_codes, ratio
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
 
 MOST_TESTED = 1 << 17  # tokens that predictions are tested on; more would change the fourth digit
@@ -45,12 +45,6 @@ def first_half(documents_T: np.ndarray, seed: int = 0) -> np.ndarray:
     drawn_D = np.zeros(len(numbers), bool)
     drawn_D[order_D[before_D < len(document_T) / 2]] = True
     return drawn_D[document_T]
-
-
-def has_previous(record: RoutingRecord, tokens_N: np.ndarray) -> np.ndarray:
-    """Whether the token before each of these, in the record, is of the same document and row, bool ``[N]``."""
-    same_N = (tokens_N > 0) & (record.documents_T[tokens_N] == record.documents_T[tokens_N - 1])
-    return same_N if record.rows_T is None else same_N & (record.rows_T[tokens_N] == record.rows_T[tokens_N - 1])
 
 
 # Predictors.
@@ -94,7 +88,7 @@ def _transition(fitted: Fitted, record: RoutingRecord, layer: int, tokens_N: np.
 
 
 def _previous_token(fitted: Fitted, record: RoutingRecord, layer: int, tokens_N: np.ndarray) -> np.ndarray:
-    before_NK = np.where(has_previous(record, tokens_N)[:, None], record.experts_LTK[layer][tokens_N - 1], -1)
+    before_NK = np.where(follows_T(record)[tokens_N, None], record.experts_LTK[layer][tokens_N - 1], -1)
     return _by_rank(before_NK, record.num_experts)
 
 
@@ -158,8 +152,7 @@ def tested_tokens(record: RoutingRecord, seed: int = 0) -> tuple[np.ndarray, np.
     if len(record.layers) < 2:
         raise MissingArray("Prediction from layer to layer needs two MoE layers; the record has one")
     fitted_T = first_half(record.documents_T, seed)
-    tested_N = np.flatnonzero(~fitted_T)
-    tested_N = tested_N[has_previous(record, tested_N)][:MOST_TESTED]
+    tested_N = np.flatnonzero(~fitted_T & follows_T(record))[:MOST_TESTED]
     if not len(tested_N):
         raise MissingArray("No document is left to test predictions on; record two or more, of several tokens each")
     return fitted_T, tested_N
@@ -279,7 +272,7 @@ def token_overlap(records: Sequence[RoutingRecord]) -> Table:
     are independent but loaded as these: Σ_e of the squared share of tokens that choose e).
     """
     record = latest(records, "documents_T")
-    tokens_N = np.flatnonzero(has_previous(record, np.arange(record.num_tokens)))
+    tokens_N = np.flatnonzero(follows_T(record))
     if not len(tokens_N):
         raise MissingArray("No two consecutive tokens of one document were recorded")
     shared_LN = common_experts(record.experts_LTK[:, tokens_N], record.experts_LTK[:, tokens_N - 1])

@@ -209,8 +209,8 @@ def with_data(run: Run, source: str) -> Run:
         store = prepare_store(config, open_corpus(config), vocabulary, cache)
     store = dataclasses.replace(store, splits={**store.splits, VALIDATION: _both_splits(store)})
     fingerprint = fingerprint_of(store.fingerprint, "all", config.sequence_length, config.batch_size)
-    data = dataclasses.replace(run.data, validation=Batches(store, config, VALIDATION), domains=store.domains, store=store,
-                               fingerprint=fingerprint)
+    validation = Batches(store, config, VALIDATION, begin_id=vocabulary.begin_id)
+    data = dataclasses.replace(run.data, validation=validation, domains=store.domains, store=store, fingerprint=fingerprint)
     return dataclasses.replace(run, config=dataclasses.replace(run.config, data=config), data=data)
 
 

@@ -25,10 +25,11 @@ from flax import nnx
 from moe_jax import files
 from moe_jax.config import Config
 from moe_jax.data.documents import fingerprint_of
-from moe_jax.data.vocabularies import EOS_ID, PAD_ID, UNKNOWN_ID, Vocabulary
+from moe_jax.data.vocabularies import Vocabulary
 from moe_jax.errors import UserError
-from moe_jax.models.decoder import Decoder, left_neighbours, moe_layer_paths
-from moe_jax.nn.moe import WITHOUT_DROPS, GroupLayout, MoELayer, RoutingMode
+from moe_jax.models.decoder import Decoder, is_stacked, left_neighbours, moe_layer_paths
+from moe_jax.nn.groups import GroupLayout
+from moe_jax.nn.moe import WITHOUT_DROPS, MoELayer, RoutingMode
 from moe_jax.routing import ROUTERS
 from moe_jax.routing.assignment import Routing
 from moe_jax.routing.replay import by_token
@@ -299,6 +300,10 @@ def check_recordable(config: Config) -> None:
     if not config.moe_layers:
         raise RecordError("The model is dense: it has no router, so there is no routing to analyse. Give a run with "
                           "moe.num_experts above 0")
+    if config.model.encoder_layers:
+        raise RecordError(f"model.encoder_layers={config.model.encoder_layers}: a record has one text, which all layers route, and "
+                          f"an encoder's layers route another than its decoder's; routing is recorded of decoders only. The run's "
+                          f"own report shows loads and drops of both")
     if jax.process_count() > 1:
         raise RecordError(f"Routing is recorded by one process, not by {jax.process_count()}: each has only its rows. Run "
                           f"this command alone, on one host that the model fits on")
@@ -353,7 +358,7 @@ def _moe_layers(model: Decoder, config: Config) -> list[MoELayer]:
             module = module[int(name)] if name.isdigit() else getattr(module, name)
         graph, state = nnx.split(module)
         for place, number in enumerate(numbers):
-            one = jax.tree.map(lambda leaf, place=place: leaf[place], state) if path.startswith("body/") else state
+            one = jax.tree.map(lambda leaf, place=place: leaf[place], state) if is_stacked(path) else state
             layers[number] = nnx.merge(graph, one)
     return [layers[number] for number in sorted(layers)]
 
@@ -414,7 +419,6 @@ def _by_layer(name: str) -> bool:
 
 def token_texts(vocabulary: Vocabulary) -> tuple[str, ...]:
     """The text of every id, for people: ids without text and single bytes of longer characters get a name in <>."""
-    names = {PAD_ID: "<start>", EOS_ID: "<end>", UNKNOWN_ID: "<unknown>"}
+    names = {vocabulary.unknown_id: "<unknown>", vocabulary.begin_id: "<start>", vocabulary.eos_id: "<end>"}
     texts = (vocabulary.decode([number]) for number in range(vocabulary.vocab_size))
-    shown = (f"<{number}>" if text in ("", "\ufffd") else text for number, text in enumerate(texts))
-    return tuple(names.get(number, text) for number, text in enumerate(shown))
+    return tuple(names.get(number, f"<{number}>") if text in ("", "\ufffd") else text for number, text in enumerate(texts))

@@ -9,7 +9,7 @@ import numpy as np
 from moe_jax.analysis.over_training import overlap
 from moe_jax.analysis.recording import RoutingRecord
 from moe_jax.analysis.report_figures import INK, MUTED, TRAIN, plain
-from moe_jax.analysis.routing_counts import chosen_TK, count, domain_codes, headline
+from moe_jax.analysis.routing_counts import chosen_TK, count, domain_codes, follows_T, headline
 from moe_jax.analysis.routing_figures import SERIES, grid, legend_above, panels, shown
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
 
@@ -70,12 +70,10 @@ def consecutive(record: RoutingRecord) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       MissingArray: there are none.
     """
-    rows_T = record.documents_T if record.rows_T is None else record.rows_T
-    follows_N = ((np.diff(record.documents_T) == 0) & (np.diff(rows_T) == 0) & (np.diff(record.positions_T) == 1))
-    before_N = np.flatnonzero(follows_N)
-    if not len(before_N):
+    after_N = np.flatnonzero(follows_T(record))
+    if not len(after_N):
         raise MissingArray("The record holds no two consecutive tokens of a document; record text in reading order")
-    return before_N, before_N + 1
+    return after_N - 1, after_N
 
 
 def repeats(a_NK: np.ndarray, b_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

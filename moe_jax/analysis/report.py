@@ -244,6 +244,8 @@ def _room(run: Run) -> float | None:
     factor = run.setting("moe", "capacity_factor")
     if not is_number(factor) or run.setting("moe", "dispatch") in ("dropless", "reference"):
         return None
+    if run.setting("moe", "expert_capacity") or run.setting("moe", "capacity_counts") == "group":
+        return None  # not in proportion to the fair share
     counts_tokens = run.setting("moe", "capacity_counts") == "tokens"  # then K choices share the room of one
     return factor / (run.setting("moe", "experts_per_token") or 1) if counts_tokens else factor
 

@@ -214,14 +214,15 @@ def balance_over_training(
 
 
 def binned(rate_LS: np.ndarray, choices_S: np.ndarray, most: int = MOST_POSITIONS) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [B] (middles of bins) and rates [L, B], averaged with the number of choices as weight."""
+    """Positions [B] (middles of bins) and rates [L, B], averaged with the number of choices as weight; NaN where a layer has
+    none (a decoder's rows are shorter than its encoder's)."""
     size = math.ceil(rate_LS.shape[1] / most)
     starts = np.arange(0, rate_LS.shape[1], size)
-    weight_S = np.asarray(choices_S, np.float64)
-    dropped_LB = np.add.reduceat(np.nan_to_num(rate_LS) * weight_S, starts, axis=1)
-    weight_B = np.add.reduceat(weight_S, starts)
+    weight_LS = np.where(np.isnan(rate_LS), 0.0, np.asarray(choices_S, np.float64)[None])
+    dropped_LB = np.add.reduceat(np.nan_to_num(rate_LS) * weight_LS, starts, axis=1)
+    weight_LB = np.add.reduceat(weight_LS, starts, axis=1)
     ends = np.minimum(starts + size, rate_LS.shape[1])
-    rate_LB = np.divide(dropped_LB, weight_B, out=np.full(dropped_LB.shape, np.nan), where=weight_B > 0)
+    rate_LB = np.divide(dropped_LB, weight_LB, out=np.full(dropped_LB.shape, np.nan), where=weight_LB > 0)
     return (starts + ends - 1) / 2, rate_LB
 
 
@@ -232,7 +233,7 @@ def drops_by_position(rate_LS: np.ndarray, choices_S: np.ndarray, layers: Sequen
     positions, rate_LB = binned(rate_LS, choices_S)
     for index, line in enumerate(layer_lines(layers)):
         axis.plot(positions, 100 * rate_LB[index], **line)
-    total = np.asarray(choices_S, np.float64).sum() * len(rate_LS)
+    total = (np.asarray(choices_S, np.float64)[None] * ~np.isnan(rate_LS)).sum()
     mean = float((np.nan_to_num(rate_LS) * choices_S).sum() / total) if total else 0.0
     reference_line(axis, 100 * mean, f"mean {100 * mean:.2g} %")
     axis.set(xlabel="position in the sequence (tokens)", ylabel="dropped choices (%)", xlim=(0, rate_LS.shape[1] - 1))

@@ -46,6 +46,15 @@ def common_experts(experts_TK: np.ndarray, other_TM: np.ndarray) -> np.ndarray:
     return found_T
 
 
+def follows_T(record: RoutingRecord) -> np.ndarray:
+    """Whether the token before each one, in the record, is the one before it in its document (and row), bool ``[T]``."""
+    follows_N = np.diff(record.documents_T) == 0
+    for number_T, step in ((record.rows_T, 0), (record.positions_T, 1)):
+        if number_T is not None:
+            follows_N &= np.diff(number_T) == step
+    return np.concatenate([[False], follows_N])
+
+
 def choices_per_token(record: RoutingRecord) -> float:
     """Mean number of experts of a token in a layer: K, unless tokens may have fewer."""
     return float((record.experts_LTK >= 0).sum(axis=-1).mean())

@@ -24,9 +24,7 @@ def add(commands) -> None:
 
 def run(arguments, overrides) -> int:
     del overrides
-    import numpy as np
-
-    from moe_jax.inference.generate import Sampling, generate
+    from moe_jax.inference.generate import Sampling, generate_texts
     from moe_jax.training import processes
 
     try:
@@ -42,8 +40,10 @@ def run(arguments, overrides) -> int:
     trained, params, bias_LE, step, _ = opened_params(arguments)
     vocabulary = trained.data.vocabulary
     prompts = arguments.prompt or [""]
-    ids = generate(params, trained.config, trained.vocab_size, [np.asarray(vocabulary.encode(p)).tolist() for p in prompts],
-                   arguments.max_tokens, sampling, arguments.seed, bias_LE, vocabulary.eos_id, vocabulary.vocab_size)
-    for prompt, sample in zip(prompts, ids) if processes.index() == 0 else ():
-        print(f"--- step {step}\n{prompt}{vocabulary.decode(sample)}")
+    texts = generate_texts(params, trained.config, trained.vocab_size, vocabulary, prompts, arguments.max_tokens, sampling,
+                           arguments.seed, bias_LE)
+    for prompt, text in zip(prompts, texts) if processes.index() == 0 else ():
+        # An encoder–decoder's sample does not go on where the prompt ends.
+        between = "\n-> " if trained.config.model.encoder_layers else ""
+        print(f"--- step {step}\n{prompt}{between}{text}")
     return 0

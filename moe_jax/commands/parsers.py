@@ -16,11 +16,14 @@ examples:
   moe-jax train --config=configs/openmoe_tiny.py --workdir=workdir
   moe-jax train --config=configs/openmoe_tiny.py --workdir=top1 --config.moe.experts_per_token=1
   moe-jax eval --workdir=workdir
+  moe-jax eval --workdir=workdir --data=questions.jsonl
   moe-jax generate --workdir=workdir --prompt='def main():'
   moe-jax report --workdir=workdir
   moe-jax analyze --checkpoint=workdir --out=routing
   moe-jax place --workdir=workdir --devices=4 --redundant=4
   moe-jax upcycle --from=dense --config=configs/openmoe_tiny.py --workdir=upcycled
+  moe-jax convert --from=hf --in=checkpoint --out=workdir
+  moe-jax convert --to=hf --in=workdir --out=checkpoint
   moe-jax plan --config=configs/mixtral_8x7b.py --slice=v5p-128
 """
 

@@ -9,7 +9,8 @@ def add(commands) -> None:
     plan = add_command(commands, "plan", run, "What a config needs and takes on a TPU slice that need not be there: memory, "
                        "collectives, time. Compiles the real step for it, on this machine's CPU.", overrides=True,
                        prepare=prepare)
-    plan.add_argument("--config", required=True, help="a config file, e.g. configs/mixtral_8x7b.py")
+    plan.add_argument("--config", required=True, help="a config file, e.g. configs/mixtral_8x7b.py, or a model by family "
+                      "and size, e.g. mixtral:8x22b")
     plan.add_argument("--slice", default="", help="v5p-128 (a product's name), v5p:4x4x4 (a topology) or '2x v6e-256' "
                       "(several slices); must be given")
     plan.add_argument("--mesh", default="", help="data=8,expert=8: devices along data, fsdp, expert and tensor; data takes "
@@ -35,9 +36,11 @@ def run(arguments, overrides) -> int:
     from moe_jax.config import load_config
     from moe_jax.planning import command
 
+    named = not pathlib.Path(arguments.config).is_file()
     request = command.Request(
-        name=pathlib.Path(arguments.config).stem, slice=arguments.slice, mesh=arguments.mesh, step=arguments.step,
-        batch=arguments.batch, context=arguments.context, search=arguments.search, formula=arguments.formula,
-        cache=not arguments.no_cache, json=arguments.json, out=arguments.out)
+        name=arguments.config if named else pathlib.Path(arguments.config).stem, slice=arguments.slice, mesh=arguments.mesh,
+        step=arguments.step, batch=arguments.batch, context=arguments.context, search=arguments.search,
+        formula=arguments.formula, cache=not arguments.no_cache, json=arguments.json, out=arguments.out)
     command.check_request(request)
-    return command.run(load_config(arguments.config, overrides), request)
+    config = load_config(arguments.config, overrides)
+    return command.run(config, command.without_a_file(request, overrides) if named else request)

@@ -10,7 +10,8 @@ def add(commands) -> None:
                         overrides=True)
     add_workdir(train)
     add_devices(train)
-    train.add_argument("--config", required=True, help="a config file, e.g. configs/openmoe_tiny.py")
+    train.add_argument("--config", required=True, help="a config file, e.g. configs/openmoe_tiny.py, or a model by family "
+                       "and size, e.g. mixtral:tiny")
     train.add_argument("--allow-config-change", action="store_true",
                        help="continue a run directory that was started with other settings")
 
@@ -20,7 +21,8 @@ def run(arguments, overrides) -> int:
 
     config = load_config(arguments.config, overrides)
     from moe_jax.training import processes
-    from moe_jax.training.loop import Interrupted, train
+    from moe_jax.training.loop import train
+    from moe_jax.training.signals import Interrupted
     from moe_jax.training.run import check_config_matches_mesh
     import jax
 

@@ -10,7 +10,8 @@ def add(commands) -> None:
                           "expert is a copy of the dense network, and training goes on.", overrides=True,
                           prepare=prepare_one_cpu_device)
     command.add_argument("--from", dest="source", required=True, metavar="WORKDIR", help="the dense run's directory")
-    command.add_argument("--config", required=True, help="a config file of the mixture; train it on with the same one")
+    command.add_argument("--config", required=True, help="a config file of the mixture, or a model by "
+                         "family and size, e.g. mixtral:tiny; train it on with the same one")
     command.add_argument("--workdir", required=True, help="the new run directory")
     command.add_argument("--expert-noise", type=float, default=0.0, help="standard deviation of noise added to every expert's "
                          "weights (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Config files and the words ``--config.section.name=value`` of a command line."""
+"""Config files, models by name, and the words ``--config.section.name=value`` of a command line."""
 
 import dataclasses
 import pathlib
@@ -10,28 +10,37 @@ from moe_jax.config.run import Config
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
-    """A config file with ``--config.section.name=value`` overrides, resolved and checked.
+    """A config file, or a model by family and size (``mixtral:8x7b``: :func:`moe_jax.models.families.run_settings`), with
+    ``--config.section.name=value`` overrides, resolved and checked.
 
     Raises:
-      ConfigError: no such file, a file without get_config(), an unknown key, or a value that does not fit.
+      ConfigError: no such file, family or size, a file without get_config(), an unknown key, or a value that does not fit.
     """
     from absl import flags
-    from ml_collections import config_flags
+    from ml_collections import ConfigDict, config_flags
+    # Imported here because rows of that table are checked by this package.
+    from moe_jax.models import families
 
-    if not pathlib.Path(path).is_file():
-        raise ConfigError(f"--config={path}: there is no such file; configs/openmoe_tiny.py is one to start from.")
+    named = families.is_name(path) and not pathlib.Path(path).exists()
+    if not named and not pathlib.Path(path).is_file():
+        raise ConfigError(f"--config={path}: there is no such file; configs/openmoe_tiny.py is one to start from, and "
+                          f"mixtral:8x7b, family and size, a model without a file.")
     for word in overrides:
         key = word.removeprefix("--config.").split("=", 1)[0]
         if key not in known_keys():
             raise unknown_key(key)
         if "=" not in word:
             raise ConfigError(f"{word}: a value is missing, as in {word}=1.")
-    values, argv = flags.FlagValues(), ["moe-jax", f"--config={path}", *overrides]
-    _make_importable(pathlib.Path(path).resolve().parent)
     # Overrides are looked for in sys.argv unless another list is given.
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    # Each file is loaded into this one module and would inherit get_config() from the file before it.
-    sys.modules.pop("config_config", None)
+    values, argv = flags.FlagValues(), ["moe-jax", *([] if named else [f"--config={path}"]), *overrides]
+    if named:
+        settings = ConfigDict(families.merged(Config().to_dict(), families.run_settings(path)))
+        config_flags.DEFINE_config_dict("config", settings, flag_values=values, sys_argv=argv)
+    else:
+        _make_importable(pathlib.Path(path).resolve().parent)
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        # Each file is loaded into this one module and would inherit get_config() from the file before it.
+        sys.modules.pop("config_config", None)
     try:
         values(argv)
         config = values.config

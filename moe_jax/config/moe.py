@@ -15,11 +15,18 @@ class MoEConfig:
     every: int = 2
     first: int = -1
     first_dense_layers: int = 0
+    layers: str = ""
+    encoder_layers: str = ""
     d_ff: int = 512
     activation: str = "swiglu"
+    activation_limit: float = 7.0
+    activation_alpha: float = 1.702
     expert_bias: bool = False
     num_shared_experts: int = 0
+    shared_d_ff: int = 0
+    shared_gate: bool = False
     residual_ffn: str = "none"
+    output_dropout: float = 0.0
     num_identity_experts: int = 0
     num_zero_experts: int = 0
     num_constant_experts: int = 0
@@ -30,6 +37,7 @@ class MoEConfig:
     score: str = "softmax"
     gate_order: str = "softmax_then_top_k"
     renormalize: bool = False
+    renormalize_after_drops: bool = False
     route_scale: float = 1.0
     gate_on: str = "output"
     second_policy: str = "all"
@@ -41,6 +49,7 @@ class MoEConfig:
     fill_order: str = "token_major"
     priority: str = "max"
     router_init: float = 0.02
+    router_bias: bool = False
     router_dtype: str = "float32"
     router_jitter: float = 0.0
     router_noise: float = 0.0
@@ -53,6 +62,7 @@ class MoEConfig:
     exchange_chunks: int = 1
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
+    expert_capacity: int = 0
     capacity_counts: str = "choices"
     capacity_rounding: str = "default"
     capacity_multiple: int = 1
@@ -90,12 +100,14 @@ class MoEConfig:
     policy_baseline_weight: float = 0.01
     policy_baseline_decay: float = 0.99
     allow_noncausal_routing: bool = False
+    allow_untrained_router: bool = False
 
     def __post_init__(self):
         at_least("moe", self, 0, "num_experts", "num_shared_experts", "router_jitter", "router_noise", "balance_weight",
                  "importance_weight", "load_weight", "device_weight", "communication_weight", "router_z_weight",
                  "bias_update_rate", "group_size", "groups_per_token", "num_identity_experts", "num_zero_experts",
-                 "num_constant_experts", "device_capacity_factor", "undropped_sequences", "first_dense_layers")
+                 "num_constant_experts", "device_capacity_factor", "undropped_sequences", "first_dense_layers", "shared_d_ff",
+                 "router_init", "expert_capacity", "output_dropout")
         at_least("moe", self, 1, "experts_per_token", "every", "d_ff", "min_capacity", "num_groups", "capacity_multiple",
                  "exchange_chunks")
         at_least("moe", self, -1, "first")
@@ -105,27 +117,28 @@ class MoEConfig:
         choice("moe", self, "gate_on", ("output", "input"))
         choice("moe", self, "router_dtype", ("float32", "bfloat16"))
         choice("moe", self, "second_policy", ("all", "none", "threshold", "random"))
-        choice("moe", self, "group_score", ("max", "top_sum"))
+        choice("moe", self, "group_score", ("max", "top_sum", "top_2_sum"))
         choice("moe", self, "priority", ("max", "sum"))
         choice("moe", self, "bias_update", ("sign", "magnitude"))
         choice("moe", self, "fill_order", ("token_major", "choice_major", "batch_prioritized"))
-        choice("moe", self, "capacity_counts", ("choices", "tokens"))
+        choice("moe", self, "capacity_counts", ("choices", "tokens", "group"))
         choice("moe", self, "capacity_rounding", ("default", "up", "nearest"))
-        choice("moe", self, "padding", ("nowhere", "in_means", "takes_slots", "routed"))
+        choice("moe", self, "padding", ("nowhere", "in_means", "takes_slots", "routed", "as_text"))
         choice("moe", self, "expert_parallelism", ("compiler", "shard_map", "none"))
         choice("moe", self, "row_exchange", ("auto", "padded", "ragged"))
         choice("moe", self, "residual_ffn", ("none", "parallel", "sequential"))
-        choice("moe", self, "group_over", ("sequence", "batch"))
+        choice("moe", self, "group_over", ("sequence", "batch", "all"))
         choice("moe", self, "balance_scope", ("group", "sequence", "document", "microbatch", "global"))
         choice("moe", self, "policy_sampling", ("sample", "greedy"))
         choice("moe", self, "policy_baseline", ("learned", "running", "none"))
         at_least("moe", self, 0, "policy_weight", "policy_entropy_weight", "policy_baseline_weight")
         require(0 <= self.policy_baseline_decay < 1, "moe.policy_baseline_decay", self.policy_baseline_decay,
                 "must be at least 0 and below 1.")
-        for field in ("capacity_factor", "eval_capacity_factor", "router_init", "route_scale", "second_threshold",
-                      "zero_expert_weight", "row_exchange_factor"):
+        for field in ("capacity_factor", "eval_capacity_factor", "route_scale", "second_threshold",
+                      "zero_expert_weight", "row_exchange_factor", "activation_limit", "activation_alpha"):
             require(getattr(self, field) > 0, f"moe.{field}", getattr(self, field), "must be above 0.")
         require(self.router_jitter < 1, "moe.router_jitter", self.router_jitter, "must be below 1.")
+        require(self.output_dropout < 1, "moe.output_dropout", self.output_dropout, "must be below 1.")
         for field in ("bias_update", "bias_centered"):
             value, default = getattr(self, field), getattr(MoEConfig, field)
             require(value == default or self.bias_update_rate > 0, f"moe.{field}", value,
@@ -141,6 +154,9 @@ class MoEConfig:
                 f"a token cannot choose more than moe.num_experts={self.num_experts} experts"
                 + (f" and {self.num_zero_computation} without computation." if self.num_zero_computation else "."))
         self._check_kinds_of_experts()
+        self._check_capacity()
+        for field in ("layers", "encoder_layers"):
+            self.explicit_layers(field)
         require(self.balance_scope != "document" or self.padding == "nowhere", "moe.padding", self.padding,
                 "counts padding, which belongs to no document; set it to 'nowhere', or moe.balance_scope='sequence'.")
         require(self.undropped_sequences <= 1, "moe.undropped_sequences", self.undropped_sequences, "must be at most 1.")
@@ -164,8 +180,28 @@ class MoEConfig:
                 f"counts within a period of moe.every={self.every} layers; legal: -1 (the last of each period) to "
                 f"{self.every - 1}.")
 
+    def _check_capacity(self):
+        require(not self.renormalize_after_drops or self.num_zero_computation == 0, "moe.renormalize_after_drops",
+                self.renormalize_after_drops, "knows experts with slots only; set moe.num_identity_experts, moe.num_zero_experts "
+                "and moe.num_constant_experts to 0, or it to False.")
+        if not self.expert_capacity:
+            return
+        for field in ("capacity_factor", "eval_capacity_factor", "capacity_counts", "capacity_rounding", "capacity_multiple",
+                      "min_capacity"):
+            value, default = getattr(self, field), getattr(MoEConfig, field)
+            require(value == default, f"moe.{field}", value, f"has no effect beside moe.expert_capacity={self.expert_capacity}, which "
+                    f"is the number of slots itself; set it to {default!r}, or moe.expert_capacity=0.")
+
     def _check_kinds_of_experts(self):
         widths = self.width_classes
+        for field in ("activation_limit", "activation_alpha"):
+            value, default = getattr(self, field), getattr(MoEConfig, field)
+            require(value == default or self.activation == "swiglu_clamped", f"moe.{field}", value,
+                    f"is read by moe.activation='swiglu_clamped' only, not by {self.activation!r}; set it to {default!r}.")
+        for field in ("shared_d_ff", "shared_gate"):
+            value, default = getattr(self, field), getattr(MoEConfig, field)
+            require(value == default or self.num_shared_experts > 0, f"moe.{field}", value,
+                    f"has no effect without moe.num_shared_experts above 0; set that, or moe.{field}={default!r}.")
         if self.expert_widths:
             count = sum(count for _, count in widths)
             require(count == self.num_experts, "moe.expert_widths", self.expert_widths,
@@ -199,6 +235,26 @@ class MoEConfig:
     def num_routed_experts(self) -> int:
         """E, what the router scores: ``num_experts`` feed-forward networks, then identity, zero and constant experts."""
         return self.num_experts + self.num_zero_computation
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of the shared experts, which are one network, together."""
+        return self.num_shared_experts * (self.shared_d_ff or self.d_ff)
+
+    def explicit_layers(self, field: str) -> tuple[int, ...] | None:
+        """The layers that ``layers`` or ``encoder_layers`` names, ascending; () for 'none'; None where it leaves them to
+        ``every`` and ``first``.
+
+        Raises:
+          ConfigError: it is no list of different numbers.
+        """
+        text = getattr(self, field)
+        if text in ("", "none"):
+            return () if text else None
+        words = [word.strip() for word in text.split(",")]
+        require(all(word.isdecimal() for word in words) and len({int(word) for word in words}) == len(words), f"moe.{field}",
+                text, "wanted are the indices of different layers, from 0, separated by commas: '1,3,5'; or 'none'.")
+        return tuple(sorted(int(word) for word in words))
 
     @property
     def num_copies(self) -> int:

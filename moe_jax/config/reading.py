@@ -62,6 +62,12 @@ def resolve(config: Mapping[str, Any]) -> Config:
     return Config(**sections)
 
 
+def with_defaults(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A recorded ``Config.to_dict()`` with the settings that have come since then, at their defaults, which change nothing."""
+    defaults = Config().to_dict()
+    return {section: {**defaults.get(section, {}), **config.get(section, {})} for section in {**defaults, **config}}
+
+
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The settings in which two ``Config.to_dict()`` differ, one line each: ``'moe.num_experts: 8 -> 16'``."""
     lines = []

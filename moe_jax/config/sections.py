@@ -1,8 +1,10 @@
-"""The sections of a config but ``moe``: frozen dataclasses that check themselves. Field comments: ``configs/base.py``."""
+"""The sections of a config but ``moe`` and ``attention``: frozen dataclasses that check themselves.
+
+Field comments: ``configs/base.py``."""
 
 import dataclasses
 
-from moe_jax.config.checks import at_least, choice, nearest_divisors, nearest_multiples, require
+from moe_jax.config.checks import at_least, choice, nearest_divisors, require
 
 # What each computes: moe_jax/nn/activations.py.
 ACTIVATIONS = ("swiglu", "geglu", "geglu_exact", "reglu", "glu", "bilinear", "swiglu_clamped", "swiglu_linear",
@@ -26,19 +28,32 @@ class ModelConfig:
     attention: str = "auto"
     scaled_attention: bool = True
     tie_embedding: bool = False
+    scaled_tied_logits: bool = True
+    embedding_scale: bool = False
     vocab_size: int = 0
     rope_theta: float = 10_000.0
+    norm: str = "rms"
     norm_epsilon: float = 1e-6
+    mlp_bias: bool = False
     init_scale: float = 1.0
     embedding_init: float = 1.0
     dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True
     mtp_depth: int = 0
+    encoder_layers: int = 0
+    encoder_embedding: bool = False
+    architecture: str = "transformer"
+    dropout: float = 0.0
 
     def __post_init__(self):
         at_least("model", self, 1, "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
-        at_least("model", self, 0, "vocab_size", "mtp_depth")
+        at_least("model", self, 0, "vocab_size", "mtp_depth", "encoder_layers")
+        choice("model", self, "norm", ("rms", "layer"))
+        choice("model", self, "architecture", ("transformer", "lstm"))
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and below 1.")
+        require(self.dropout == 0 or self.architecture == "lstm", "model.dropout", self.dropout,
+                f"is that of model.architecture='lstm' and has no effect with {self.architecture!r}; set it to 0.0.")
         choice("model", self, "activation", ACTIVATIONS)
         choice("model", self, "dtype", ("float32", "bfloat16"))
         choice("model", self, "attention", ("auto", "plain", "splash"))
@@ -46,9 +61,8 @@ class ModelConfig:
         require(self.num_heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads,
                 f"must divide model.num_heads={self.num_heads} (grouped-query attention); "
                 f"nearest legal values: {nearest_divisors(self.num_kv_heads, self.num_heads)}.")
-        require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim,
-                f"must be even (rotary embedding pairs dimensions); nearest legal values: "
-                f"{nearest_multiples(self.head_dim, 2)}.")
+        require(self.scaled_tied_logits or self.tie_embedding, "model.scaled_tied_logits", self.scaled_tied_logits,
+                "has no effect without model.tie_embedding=True; set that, or model.scaled_tied_logits=True.")
         for field in ("norm_epsilon", "init_scale", "embedding_init", "rope_theta"):
             require(getattr(self, field) > 0, f"model.{field}", getattr(self, field), "must be above 0.")
 
@@ -73,11 +87,12 @@ class DataConfig:
     span_rate: float = 0.15
     sentinels: int = 0
     prefix_attention: str = "causal"
+    target_length: int = 0
 
     def __post_init__(self):
         at_least("data", self, 1, "batch_size")
         at_least("data", self, 2, "sequence_length")
-        at_least("data", self, 0, "max_bytes", "seed")
+        at_least("data", self, 0, "max_bytes", "seed", "target_length")
         require(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
                 "must lie between 0 and 1.")
         self._check_objective()
@@ -98,6 +113,12 @@ class DataConfig:
         require(self.prefix_attention == "causal" or self.objective != "causal", "data.prefix_attention",
                 self.prefix_attention, "has no effect with data.objective='causal', in which nothing is given; set it to "
                 "'causal', or another data.objective.")
+        require(self.target_length == 0 or self.objective != "causal", "data.objective", self.objective,
+                f"gives an encoder nothing to read, but data.target_length={self.target_length} is the length of the rows that a "
+                f"decoder writes behind one; set it to one of {', '.join(map(repr, OBJECTIVES[1:]))}.")
+        require(self.target_length == 0 or self.prefix_attention == "causal", "data.prefix_attention", self.prefix_attention,
+                "has no effect with data.target_length above 0: what is given goes to the encoder, which sees all of it; set it "
+                "to 'causal'.")
         require(not self.streaming or self.objective == "causal", "data.objective", self.objective,
                 "is made of rows of the token store, which data.streaming=True passes by; set data.streaming=False.")
 

@@ -7,8 +7,8 @@ step t reads rows t*B..(t+1)*B-1 of an endless table of rows, and row r is compu
 Rows: the documents of a stream are put in a seeded order (a new one each epoch), laid end to end, and cut every S
 tokens. A document that crosses a cut goes on in another row as a new segment, so every token is a target exactly once per
 epoch. The rows are then shuffled in blocks as large as an epoch (at most 65,536 rows): the rows of one long document
-would otherwise follow each other, and a batch would be a piece of one file. Without domain weights there is one stream of all domains (each in proportion to its size, rows mix domains).
-With weights every domain is a stream of its own, every row belongs to one domain, and each block of 1,024 rows holds the
+would otherwise follow each other, and a batch would be a piece of one file. Without domain weights there is one stream of
+all domains (each in proportion to its size, rows mix domains). With weights every domain is a stream of its own, every row belongs to one domain, and each block of 1,024 rows holds the
 domains in exactly the given proportions, in a seeded order.
 
 Other objectives than the causal one (`objectives.py`) mix in the same way: every denoiser reads a stream of its own, in
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_jax.data.documents import TRAIN, VALIDATION, CorpusError, fingerprint_of
-from moe_jax.data.objectives import Recipe, fill_row, recipes_of
+from moe_jax.data.objectives import Recipe, fill_pair, fill_row, recipes_of
 from moe_jax.data.streams import Mixture, Stream, seeded_bits
 from moe_jax.data.token_store import TokenStore, cache_folder, prepare_store, prepare_vocabulary
 from moe_jax.data.vocabularies import PAD_ID, Vocabulary
@@ -47,6 +47,9 @@ PADDING = {
 # Two keys more under other objectives than the causal one; `in_prefix` only where attention asks for it.
 TARGET_PADDING = {"is_target": False}
 PREFIX_PADDING = {"in_prefix": False}
+# What an encoder reads (config.target_length > 0); the other keys are then the decoder's.
+ENCODER = "encoder_"
+ENCODER_PADDING = {ENCODER + name: value for name, value in PADDING.items() if name != "target_ids"}
 # Part of the data's fingerprint: raise it when the same settings give other rows, so that no run resumes on them.
 ORDER_FORMAT = 2
 # The same of rows of other objectives than the causal one.
@@ -96,7 +99,7 @@ class Batches:
     """Batches of one split of a store.
 
     Every batch is a dict of arrays [B, S], B = config.batch_size, S = config.sequence_length:
-      input_ids int32     the targets shifted right inside each segment, 0 at its start
+      input_ids int32     the targets shifted right inside each segment, `begin_id` at its start
       target_ids int32    the tokens to predict; 0 in padding
       valid bool          a real token is here
       segment_ids int32   1, 2, … for the documents packed into the row; 0 in padding
@@ -106,22 +109,28 @@ class Batches:
     and, with `recipes`,
       is_target bool      the loss counts this target; `valid` says that there is a token, given or to be predicted
       in_prefix bool      only with config.prefix_attention="bidirectional": given, seen by all of the segment's prefix
+    For an encoder–decoder (config.target_length = T > 0; with `recipes`) these, without the last two, are the decoder's, [B, T];
+    what its encoder is given are the same keys with `encoder_` in front, without target_ids, [B, S]. A segment of the one
+    belongs to the segment of the same number of the other.
 
     Training batches are always full (`valid` is True everywhere), but for the ends of rows of `recipes`; the validation
     split is finite and its last batch is padded.
 
     recipes: of another objective than the causal one (`objectives.recipes_of`). The validation split is then as endless as
-    the training split, and `num_batches` read as much text as it has.
+    the training split, and `num_batches` read as much text as it has. begin_id: the vocabulary's.
 
     Raises:
       CorpusError: bad domain weights, or a weighted domain that has no training documents.
     """
 
-    def __init__(self, store: TokenStore, config, split: str, recipes: Sequence[Recipe] = ()):
+    def __init__(self, store: TokenStore, config, split: str, recipes: Sequence[Recipe] = (),
+                 begin_id: int = PAD_ID):
         self.split, self.batch_size, self.sequence_length = split, config.batch_size, config.sequence_length
+        self.target_length, self.begin_id = config.target_length, begin_id
         self.tokens = store.splits[split]
         self.domains = store.domains
         self.recipes, self.padding = tuple(recipes), padding_of(config)
+        self._text_lengths = [recipe.text_of_row(config) for recipe in self.recipes]
         self._seed = config.seed if split == TRAIN else VALIDATION_SEED
         weights = parse_domain_weights(config.domain_weights, store.domains) if split == TRAIN else None
         self._mixture = None
@@ -172,7 +181,7 @@ class Batches:
         """Batches that cover the split once (the last one rounded up)."""
         if not self.recipes:
             return -(-self.num_tokens // (self.batch_size * self.sequence_length))
-        read = sum(recipe.denoiser.share * recipe.longest(self.sequence_length) for recipe in self.recipes)
+        read = sum(recipe.denoiser.share * length for recipe, length in zip(self.recipes, self._text_lengths))
         return math.ceil(self.num_tokens / (self.batch_size * read))
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
@@ -194,7 +203,7 @@ class Batches:
             return self._last_rows(begin, end)
         if self._mixture is None:
             return self._stream_rows(self._streams[0], np.arange(begin, end))
-        out = empty_batch(end - begin, self.sequence_length, self.padding)
+        out = self._empty(end - begin)
         if begin == end:
             return out
         streams, numbers = self._mixture.rows(begin, end)
@@ -227,6 +236,12 @@ class Batches:
         is_text_BS = position_BS < stream.num_tokens
         return np.where(is_text_BS, document_BS, -1), np.where(is_text_BS, place_BS, -1)
 
+    def _empty(self, rows: int) -> dict[str, np.ndarray]:
+        """Rows of padding, with the keys of the objective."""
+        if not self.target_length:
+            return empty_batch(rows, self.sequence_length, self.padding)
+        return empty_batch(rows, self.target_length) | empty_batch(rows, self.sequence_length, ENCODER_PADDING)
+
     def _stream_rows(self, stream: Stream, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of one stream called `numbers`."""
         length = self.sequence_length
@@ -237,8 +252,9 @@ class Batches:
 
     def _denoise(self, out: dict[str, np.ndarray], rows: np.ndarray, index: int, numbers: np.ndarray) -> None:
         """Fills the rows of `out` with the examples of one stream's rows called `numbers`."""
-        stream, recipe = self._streams[index], self.recipes[index % len(self.recipes)]
-        length = recipe.longest(self.sequence_length)
+        number_of_recipe = index % len(self.recipes)
+        stream, recipe, length = self._streams[index], self.recipes[number_of_recipe], self._text_lengths[number_of_recipe]
+        fill = fill_pair if self.target_length else fill_row
         for row, number, place in zip(rows, numbers.tolist(), stream.places(numbers, length).tolist()):
             token, document, serial = stream.read(place * length, (place + 1) * length)
             starts = np.flatnonzero(np.diff(serial, prepend=-1))
@@ -247,7 +263,7 @@ class Batches:
                 for piece, first in zip(np.split(token, starts[1:]), document[starts])
             ]
             bits = seeded_bits(self._seed, 4, index, number)
-            fill_row({key: values[row] for key, values in out.items()}, pieces, recipe, bits)
+            fill({key: values[row] for key, values in out.items()}, pieces, recipe, bits)
 
     def _last_rows(self, begin: int, end: int) -> dict[str, np.ndarray]:
         """Rows of a stream that ends after one epoch: what lies past the end is padding."""
@@ -273,7 +289,7 @@ class Batches:
         starts_BS[:, 1:] = serial_BS[:, 1:] != serial_BS[:, :-1]
         input_BS = np.zeros_like(target_BS)
         input_BS[:, 1:] = target_BS[:, :-1]
-        input_BS[starts_BS] = PAD_ID
+        input_BS[starts_BS] = self.begin_id
         place_S = np.arange(self.sequence_length, dtype=np.int32)
         begin_BS = np.maximum.accumulate(np.where(starts_BS, place_S, np.int32(0)), axis=1)
         return {
@@ -289,6 +305,8 @@ class Batches:
 
 def padding_of(config) -> dict[str, Any]:
     """The keys of a DataConfig's training batches, and what they hold in padding."""
+    if config.target_length:
+        return PADDING | ENCODER_PADDING
     if config.objective == "causal":
         return PADDING
     return PADDING | TARGET_PADDING | (PREFIX_PADDING if config.prefix_attention == "bidirectional" else {})
@@ -394,7 +412,8 @@ class Prefetcher:
 class Data:
     """What a run reads.
 
-    domains: names by domain id. fingerprint: identifies the tokens, their order and their vocabulary.
+    validation: of an encoder–decoder under its objective. domains: names by domain id. fingerprint: identifies the tokens, their
+    order and their vocabulary.
     store: the tokenised corpus (None when streaming).
     objective_validation: the validation split under the objective of training; None if that is causal, as `validation` is.
     """
@@ -437,8 +456,11 @@ def open_data(config, workdir: str) -> Data:
 def data_of_store(store: TokenStore, vocabulary: Vocabulary, config) -> Data:
     """The two splits of a store as batches; says how many documents are longer than the context."""
     recipes, vocabulary = recipes_of(config, vocabulary)
-    train, validation = Batches(store, config, TRAIN, recipes), Batches(store, config, VALIDATION)
-    objective_validation = Batches(store, config, VALIDATION, recipes) if recipes else None
+    begin = vocabulary.begin_id
+    train, validation = (Batches(store, config, split, recipes, begin) for split in (TRAIN, VALIDATION))
+    objective_validation = None
+    if recipes and not config.target_length:
+        validation, objective_validation = Batches(store, config, VALIDATION, begin_id=begin), validation
     longer = int((np.diff(train.tokens.offsets_D) > config.sequence_length).sum())
     log.info(
         "data: %d tokens for training (%d steps per epoch), %d for validation; %d of %d documents are longer than %d "
@@ -453,5 +475,6 @@ def data_of_store(store: TokenStore, vocabulary: Vocabulary, config) -> Data:
     fingerprint = fingerprint_of(
         ORDER_FORMAT, store.fingerprint, config.domain_weights, config.sequence_length, config.batch_size, config.seed,
         *((OBJECTIVES_FORMAT, config.prefix_attention, vocabulary.fingerprint, repr(recipes)) if recipes else ()),
+        *((config.target_length,) if config.target_length else ()),
     )  # fmt: skip
     return Data(train, validation, vocabulary, store.domains, fingerprint, store, objective_validation)

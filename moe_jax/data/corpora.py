@@ -305,7 +305,8 @@ def _report_counts(pattern: str, counts: dict[str, int]) -> None:
         )
 
 
-def _open(path: str):
+def open_file(path: str):
+    """For reading bytes, through gzip if the name ends in .gz."""
     return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
 
 
@@ -322,7 +323,7 @@ def _decode(data: bytes, counts: dict[str, int]) -> str:
 
 def _text_file(path: str, domain: str, name: str, counts: dict[str, int]) -> Iterator[Document]:
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             data = file.read()
     except (OSError, EOFError) as error:
         raise CorpusError(f"cannot read {path!r} ({getattr(error, 'strerror', None) or error})") from None
@@ -334,7 +335,7 @@ def _text_file(path: str, domain: str, name: str, counts: dict[str, int]) -> Ite
 
 def _json_lines(path: str, domain: str, name: str, text_field: str, counts: dict[str, int]) -> Iterator[Document]:
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue

@@ -1,6 +1,7 @@
 """Training objectives: how a piece of text becomes an example, inputs that are given and targets that are to be written.
 
-A decoder reads inputs and targets one after the other, and its loss is of the targets alone:
+A decoder reads inputs and targets one after the other, and its loss is of the targets alone; of an encoder–decoder the encoder
+reads the inputs and the decoder writes the targets:
 
   prefix_lm         the text itself; what stands before a random place is given (Raffel et al. 2020 §3.2.1)
   span_corruption   spans of the text are hidden, each behind a sentinel; the targets name them (the same, §3.1.4)
@@ -92,10 +93,19 @@ def _random_lengths(items: int, parts: int, bits: np.random.BitGenerator) -> np.
     return np.diff(np.concatenate([[0], cuts, [items]]))
 
 
-def hidden_suffix(length: int, bits: np.random.BitGenerator) -> np.ndarray:
+def hidden_suffix(
+    length: int, bits: np.random.BitGenerator, most_prefix: int | None = None, most_hidden: int | None = None
+) -> np.ndarray:
     """bool [length]: hide all after a prefix of 1 … length - 1 tokens, each equally likely (T5's
-    `random_prefix_noise_mask`; half of the text on average). A single token is hidden itself."""
-    prefix = 1 + int(bits.random_raw()) % (length - 1) if length > 1 else 0
+    `random_prefix_noise_mask`; half of the text on average). A single token is hidden itself.
+
+    most_prefix, most_hidden: at most so many tokens of each; together at least `length`.
+    """
+    if length == 1:
+        return np.ones(1, bool)
+    least = 1 if most_hidden is None else max(1, length - most_hidden)
+    most = length - 1 if most_prefix is None else min(length - 1, most_prefix)
+    prefix = least + int(bits.random_raw()) % (most - least + 1)
     return np.arange(length) >= prefix
 
 
@@ -133,6 +143,9 @@ class Recipe:
     mode_ids: tuple[int, ...]
     first_sentinel: int
     ends: bool
+    # Not in the text of a recipe, which is part of the data's fingerprint: a vocabulary's fingerprint has them.
+    begin_id: int = dataclasses.field(default=PAD_ID, repr=False)
+    end_id: int = dataclasses.field(default=EOS_ID, repr=False)
 
     @property
     def least(self) -> int:
@@ -152,13 +165,44 @@ class Recipe:
             length -= 1
         return length if length >= self.least else 0
 
-    def example(self, tokens: np.ndarray, bits: np.random.BitGenerator) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets), int32; together `example_length(len(tokens))`."""
-        denoiser, end = self.denoiser, np.full(int(self.ends), EOS_ID, np.int32)
+    def fits(self, length: int, inputs_room: int, targets_room: int) -> bool:
+        """Whether the inputs and the targets of a text of `length` tokens fit into so much room each; of one whose end is
+        hidden, whether there is a place to cut it."""
+        denoiser, rest = self.denoiser, len(self.mode_ids) + self.ends
+        if not denoiser.mean_span:
+            inputs_room, targets_room = inputs_room - rest, targets_room - self.ends
+            return targets_room > 0 and inputs_room >= min(length - 1, 1) and length <= inputs_room + targets_room
+        hidden, spans = span_counts(length, denoiser.rate, denoiser.mean_span)
+        return length - hidden + spans + rest <= inputs_room and hidden + spans + self.ends <= targets_room
+
+    def longest_pair(self, inputs_room: int, targets_room: int, most: int | None = None) -> int:
+        """As :meth:`longest`, of an example whose inputs and targets lie apart. A text whose end is hidden is at most one
+        token longer than the larger room, so that the place to cut it stays open."""
+        length = inputs_room + targets_room
+        if not self.denoiser.mean_span:
+            length = max(inputs_room - len(self.mode_ids), targets_room) - self.ends + 1
+        length = max(length if most is None else min(length, most), 0)
+        while length >= self.least and not self.fits(length, inputs_room, targets_room):
+            length -= 1
+        return length if length >= self.least else 0
+
+    def text_of_row(self, config) -> int:
+        """Tokens of text that a row of a DataConfig's reads: a longest example's; 0 if none fits."""
+        if config.target_length:
+            return self.longest_pair(config.sequence_length, config.target_length)
+        return self.longest(config.sequence_length)
+
+    def example(
+        self, tokens: np.ndarray, bits: np.random.BitGenerator, rooms: tuple[int, int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets), int32; together `example_length(len(tokens))`. `rooms`: for each of the two, which they fit
+        (:meth:`fits`)."""
+        denoiser, end = self.denoiser, np.full(int(self.ends), self.end_id, np.int32)
         if denoiser.mean_span:
             inputs, targets = span_corruption(tokens, denoiser.rate, denoiser.mean_span, self.first_sentinel, bits)
         else:
-            hidden = hidden_suffix(len(tokens), bits)
+            most = () if rooms is None else (rooms[0] - len(self.mode_ids) - self.ends, rooms[1] - self.ends)
+            hidden = hidden_suffix(len(tokens), bits, *most)
             inputs, targets = tokens[~hidden], tokens[hidden]
         join = lambda *parts: np.concatenate(parts).astype(np.int32)
         return join(np.array(self.mode_ids, np.int32), inputs, end), join(targets, end)
@@ -171,11 +215,16 @@ def recipes_of(config, vocabulary: Vocabulary) -> tuple[tuple[Recipe, ...], Voca
       CorpusError: too few sentinels, or rows too short for an example.
     """
     found = []
-    ends = config.objective != "prefix_lm"
+    ends = config.objective != "prefix_lm" or config.target_length > 0
     for denoiser in denoisers_of(config):
         mode_ids = tuple(int(token) for token in vocabulary.encode(denoiser.mode)) if denoiser.mode else ()
-        recipe = Recipe(denoiser, mode_ids, 0, ends)
-        if not recipe.longest(config.sequence_length):
+        recipe = Recipe(denoiser, mode_ids, 0, ends, vocabulary.begin_id, vocabulary.eos_id)
+        if not recipe.text_of_row(config):
+            if config.target_length:
+                raise CorpusError(
+                    f"data.sequence_length={config.sequence_length}, data.target_length={config.target_length}: too short for "
+                    f"data.objective={config.objective!r}: inputs or targets of the shortest of its examples do not fit"
+                )
             shortest = recipe.example_length(recipe.least)
             raise CorpusError(
                 f"data.sequence_length={config.sequence_length} is too short for data.objective={config.objective!r}: one "
@@ -183,7 +232,7 @@ def recipes_of(config, vocabulary: Vocabulary) -> tuple[tuple[Recipe, ...], Voca
             )
         found.append(recipe)
     spans = [r for r in found if r.denoiser.mean_span]
-    needed = max((span_counts(r.longest(config.sequence_length), r.denoiser.rate, r.denoiser.mean_span)[1] for r in spans),
+    needed = max((span_counts(r.text_of_row(config), r.denoiser.rate, r.denoiser.mean_span)[1] for r in spans),
                  default=0)
     if config.sentinels and config.sentinels < needed:
         raise CorpusError(
@@ -192,7 +241,7 @@ def recipes_of(config, vocabulary: Vocabulary) -> tuple[tuple[Recipe, ...], Voca
         )
     if needed:
         vocabulary = with_extra_ids(vocabulary, config.sentinels or needed)
-    return tuple(dataclasses.replace(r, first_sentinel=vocabulary.vocab_size - 1) for r in found), vocabulary
+    return tuple(dataclasses.replace(r, first_sentinel=vocabulary.first_sentinel) for r in found), vocabulary
 
 
 def fill_row(
@@ -208,7 +257,7 @@ def fill_row(
     """
     begin, segment, length = 0, 0, len(row["valid"])
     for tokens, domain, document in pieces:
-        if recipe.ends and len(tokens) and tokens[-1] == EOS_ID:
+        if recipe.ends and len(tokens) and tokens[-1] == recipe.end_id:
             tokens = tokens[:-1]
         fitting = recipe.longest(length - begin, len(tokens))
         if not fitting:
@@ -218,7 +267,7 @@ def fill_row(
         here = slice(begin, end)
         row["target_ids"][here] = np.concatenate([inputs, targets])
         row["input_ids"][begin + 1 : end] = row["target_ids"][begin : end - 1]
-        row["input_ids"][begin] = PAD_ID
+        row["input_ids"][begin] = recipe.begin_id
         row["valid"][here], row["segment_ids"][here] = True, segment
         row["positions"][here] = np.arange(end - begin)
         row["domain_ids"][here], row["document_ids"][here] = domain, document
@@ -229,6 +278,36 @@ def fill_row(
 
 
 # Encoder and decoder.
+
+
+def fill_pair(
+    row: dict[str, np.ndarray], pieces: Iterable[tuple[np.ndarray, int, int]], recipe: Recipe, bits: np.random.BitGenerator
+) -> None:
+    """As :func:`fill_row` for an encoder–decoder: inputs go to the encoder's row, targets to the decoder's, as segments of the
+    same number.
+
+    Args:
+      row: the keys of `batches.Batches`: those with `encoder_` in front [S], the others [T].
+    """
+    given, written, segment = 0, 0, 0
+    for tokens, domain, document in pieces:
+        if len(tokens) and tokens[-1] == recipe.end_id:
+            tokens = tokens[:-1]
+        rooms = len(row["encoder_valid"]) - given, len(row["valid"]) - written
+        fitting = recipe.longest_pair(*rooms, len(tokens))
+        if not fitting:
+            continue
+        inputs, targets = recipe.example(tokens[:fitting], bits, rooms)
+        segment += 1
+        for side, begin, ids in (("encoder_", given, inputs), ("", written, targets)):
+            here = slice(begin, begin + len(ids))
+            row[f"{side}valid"][here], row[f"{side}segment_ids"][here] = True, segment
+            row[f"{side}positions"][here] = np.arange(len(ids))
+            row[f"{side}domain_ids"][here], row[f"{side}document_ids"][here] = domain, document
+        row["encoder_input_ids"][given : given + len(inputs)] = inputs
+        row["target_ids"][written : written + len(targets)] = targets
+        row["input_ids"][written : written + len(targets)] = np.concatenate([[recipe.begin_id], targets[:-1]])
+        given, written = given + len(inputs), written + len(targets)
 
 
 def text_and_target_lengths(inputs_length: int, rate: float, mean_span: float) -> tuple[int, int]:

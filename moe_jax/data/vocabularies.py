@@ -2,7 +2,9 @@
 
 Both vocabularies offer the same interface, and both follow the T5/umT5/OpenMoE convention: id 0 pads and also begins
 every sequence, id 1 ends a document, id 2 is unknown. `bytes_per_token_V` says how many UTF-8 bytes each id stands for,
-so bits per byte can be computed from any set of target ids.
+so bits per byte can be computed from any set of target ids. Those of imported models have ids of their own
+(`imported_vocabularies.py`): `begin_id` stands before a text's first token in rows, `prompt_begin` before a prompt,
+`eos_id` closes a document, samples stop at `end_ids` and never hold `never_ids`.
 """
 
 import functools
@@ -29,14 +31,25 @@ class VocabularyError(CorpusError):
     """A vocabulary that cannot be made or loaded; the message says what to do about it."""
 
 
-class ByteVocabulary:
+class _OurIds:
+    """Special ids of the vocabularies that are made here. Sentinels are counted down from `first_sentinel`."""
+
+    pad_id = begin_id = PAD_ID
+    eos_id, unknown_id = EOS_ID, UNKNOWN_ID
+    prompt_begin, end_ids, never_ids = (PAD_ID,), (EOS_ID,), (PAD_ID,)
+
+    @property
+    def first_sentinel(self) -> int:
+        return self.vocab_size - 1
+
+
+class ByteVocabulary(_OurIds):
     """UTF-8 bytes. Ids: 0 padding and beginning, 1 end, 2 unknown (never produced), 3..258 the bytes 0x00..0xff.
 
     The offsets are those of ByT5 and of `seqio.ByteVocabulary`, so their ids agree with these.
     `extra_ids` reserves ids at the end that stand for no bytes (T5's sentinels).
     """
 
-    pad_id, eos_id, unknown_id = PAD_ID, EOS_ID, UNKNOWN_ID
     first_byte = 3
 
     def __init__(self, extra_ids: int = 0):
@@ -60,14 +73,12 @@ class ByteVocabulary:
         return f"bytes ({self.vocab_size} ids)"
 
 
-class SentencePieceVocabulary:
+class SentencePieceVocabulary(_OurIds):
     """A SentencePiece model (T5, umT5, or one that `train_sentencepiece` made), from its serialised bytes.
 
     With a model from `train_sentencepiece`, `decode(encode(text)) == text` for every valid text. Models made elsewhere
     may normalise (T5 folds whitespace), and pieces they do not know become `unknown_id`, which counts 0 bytes.
     """
-
-    pad_id, eos_id, unknown_id = PAD_ID, EOS_ID, UNKNOWN_ID
 
     def __init__(self, model: bytes, source: str = "SentencePiece model", extra_ids: int = 0):
         self.model, self.source, self.extra_ids = model, source, extra_ids
@@ -140,7 +151,12 @@ def with_extra_ids(vocabulary: Vocabulary, count: int) -> Vocabulary:
         return vocabulary
     if isinstance(vocabulary, ByteVocabulary):
         return ByteVocabulary(count)
-    return SentencePieceVocabulary(vocabulary.model, vocabulary.source, count)
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        return SentencePieceVocabulary(vocabulary.model, vocabulary.source, count)
+    raise VocabularyError(
+        f"the vocabulary of the imported model ({vocabulary.describe()}) has {vocabulary.extra_ids} sentinels (<extra_id_…>), but "
+        f"data.objective hides up to {count} spans in a row; set data.objective='prefix_lm', or shorter rows"
+    )
 
 
 def _load_processor(model: bytes, source: str):
@@ -278,7 +294,7 @@ def _load_cached(path: str, size: int, modified: int) -> SentencePieceVocabulary
 
 
 def load_vocabulary(name: str) -> Vocabulary:
-    """The vocabulary that needs no training: 'bytes' or the path of a SentencePiece model.
+    """The vocabulary that needs no training: 'bytes', the path of a SentencePiece model, or that of an imported checkpoint.
 
     Raises:
       VocabularyError: an unknown name or a bad file.
@@ -286,7 +302,12 @@ def load_vocabulary(name: str) -> Vocabulary:
     if name == "bytes":
         return ByteVocabulary()
     if not name:
-        raise VocabularyError('data.vocabulary is empty; allowed are "bytes", "sentencepiece:<size>" or a .model file')
+        raise VocabularyError('data.vocabulary is empty; allowed are "bytes", "sentencepiece:<size>", "tokenizer:<file>", '
+                              '"ids:<size>" or a .model file')
+    if name.startswith(("ids:", "tokenizer:")):
+        from moe_jax.data import imported_vocabularies  # imports this module
+
+        return imported_vocabularies.load(name)
     try:
         status = os.stat(name)
     except OSError:

@@ -26,11 +26,12 @@ class Activation:
         return len(self.branches) + 1
 
 
-# Beyond these GPT-OSS cuts gates (above) and the linear branch (both sides); its sigmoid has the steepness of GELU's.
-_CLAMP, _STEEPNESS = 7.0, 1.702
+# (limit, alpha) of GPT-OSS: beyond the limit it cuts gates (above) and the linear branch (both sides); its sigmoid has the
+# steepness of GELU's.
+CLAMP = (7.0, 1.702)
 
 
-def clamped_swiglu(gate: jax.Array, linear: jax.Array, limit: float = _CLAMP, alpha: float = _STEEPNESS) -> jax.Array:
+def clamped_swiglu(gate: jax.Array, linear: jax.Array, limit: float = CLAMP[0], alpha: float = CLAMP[1]) -> jax.Array:
     """(u + 1) · g · σ(αg) with g = min(gate, limit), u = linear cut to ±limit (GPT-OSS; g is not cut below)."""
     gate = jnp.minimum(gate, limit)
     return (jnp.clip(linear, -limit, limit) + 1) * gate * jax.nn.sigmoid(alpha * gate)
@@ -73,5 +74,9 @@ _ACTIVATIONS = {
 }
 
 
-def activation(name: str) -> Activation:
-    return _ACTIVATIONS[name]
+def activation(name: str, clamp: tuple[float, float] = CLAMP) -> Activation:
+    """By its name in the config; ``clamp``: limit and alpha of ``swiglu_clamped`` (:func:`clamped_swiglu`)."""
+    kind = _ACTIVATIONS[name]
+    if kind.hidden is clamped_swiglu:
+        return dataclasses.replace(kind, hidden=functools.partial(clamped_swiglu, limit=clamp[0], alpha=clamp[1]))
+    return kind

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.dispatch.products import Products
-from moe_jax.nn.activations import activation
+from moe_jax.nn.activations import CLAMP, activation
 from moe_jax.nn.initializers import kernel
 from moe_jax.sharding import gathered
 
@@ -14,8 +14,8 @@ class Experts(nnx.Module):
     """The parameters of E experts. Each is drawn on its own: no two start equal (B47). Biases start at 0."""
 
     def __init__(self, num_experts: int, d_model: int, d_ff: int, activation_name: str, init_scale: float,
-                 rngs: nnx.Rngs, bias: bool = False):
-        self.activation_name, self.bias = activation_name, bias
+                 rngs: nnx.Rngs, bias: bool = False, clamp: tuple[float, float] = CLAMP):
+        self.activation_name, self.bias, self.clamp = activation_name, bias, clamp
         for branch in activation(activation_name).branches:
             setattr(self, f"w_{branch}_EDF", kernel(rngs, (num_experts, d_model, d_ff), d_model, init_scale))
         self.w_out_EFD = kernel(rngs, (num_experts, d_ff, d_model), d_ff, init_scale)
@@ -42,7 +42,7 @@ class Experts(nnx.Module):
             bias = f"b_{branch}_E{letters[-1]}"
             return products.add(y, weights[bias], bias.rsplit("_", 1)[1]) if self.bias else y
 
-        kind = activation(self.activation_name)
+        kind = activation(self.activation_name, self.clamp)
         h = kind.hidden(*(affine(x, branch, "EDF") for branch in kind.branches))
         return affine(h, "out", "EFD")
 

@@ -13,11 +13,12 @@ from moe_jax.dispatch import dispatcher
 from moe_jax.dispatch.grouped_matmul import choose
 from moe_jax.dispatch.placement import round_copies, to_copies
 from moe_jax.nn.experts import Experts
+from moe_jax.nn.groups import GroupLayout
 from moe_jax.nn.initializers import normal
 from moe_jax.nn.mlp import MLP
 from moe_jax.nn.zero_experts import ZeroComputationExperts
 from moe_jax.routing import ROUTERS
-from moe_jax.routing.assignment import RouterInputs, Routing, in_queue
+from moe_jax.routing.assignment import RouterInputs, Routing, assign_slots, in_queue
 from moe_jax.routing.balance import RouterStatistics, pooled
 from moe_jax.routing.limits import within_device_budget
 from moe_jax.routing.policy import PolicyTerms
@@ -44,8 +45,24 @@ class RouterView:
     logit_norm_BS: jax.Array | None
 
 
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=(), data_fields=("logits_BSE", "combine_BSE", "output_BSD"))
+@dataclasses.dataclass(frozen=True)
+class MoETrace:
+    """What a layer computed, token by token, to compare it with another implementation.
+
+    Attributes:
+      logits_BSE: of the router; None of routers without parameters.
+      combine_BSE: the gates that were applied; 0 for experts not chosen and for choices dropped.
+      output_BSD: the layer's output, that of experts that every token passes included.
+    """
+
+    logits_BSE: jax.Array | None
+    combine_BSE: jax.Array
+    output_BSD: jax.Array
+
+
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(),
-                   data_fields=("router", "kept_GE", "routing_G", "kept_GN", "policy_BS", "copies_GP", "view"))
+                   data_fields=("router", "kept_GE", "routing_G", "kept_GN", "policy_BS", "copies_GP", "view", "trace"))
 @dataclasses.dataclass(frozen=True)
 class MoEStatistics:
     """What one layer reports beside its output; a scan over layers stacks it.
@@ -58,6 +75,7 @@ class MoEStatistics:
       policy_BS: per token, of a router that is a policy in training, else None.
       copies_GP: choices each copy of an expert really computed; None without ``moe.expert_copies``.
       view: of the router, token by token; None unless asked for (``inspect``).
+      trace: of the layer, token by token; None unless asked for (``trace``).
     """
 
     router: RouterStatistics
@@ -67,6 +85,7 @@ class MoEStatistics:
     policy_BS: PolicyTerms | None = None
     copies_GP: jax.Array | None = None
     view: RouterView | None = None
+    trace: MoETrace | None = None
 
 
 # Dispatchers that compute every assignment.
@@ -84,6 +103,7 @@ class RoutingMode:
       noise: route as in training: draw the router's noise (needs a key), balance where a router does so only there.
       router: a name in ``moe_jax.routing.ROUTERS`` instead of the config's; '' = the config's.
       inspect: also return what each router saw and made of it (:class:`RouterView`).
+      trace: also return what each layer computed (:class:`MoETrace`, ``Output.layers_LBSD``).
     """
 
     dispatch: str
@@ -92,6 +112,7 @@ class RoutingMode:
     noise: bool = False
     router: str = ""
     inspect: bool = False
+    trace: bool = False
 
     @classmethod
     def training(cls, config: Config, record: bool = False) -> "RoutingMode":
@@ -108,14 +129,20 @@ class RoutingMode:
     @classmethod
     def causal(cls, config: Config, record: bool = False) -> "RoutingMode":
         """What a model can do when it writes one token at a time: nothing is dropped, and a router that compares tokens,
-        later ones of the text or those of other rows, gives way to token choice."""
+        later ones of the text or those of other rows, gives way to token choice. In an encoder alone it may stay."""
+        if config.encoder_moe_layers and not config.decoder_moe_layers:
+            return cls("dropless", config.moe.eval_capacity_factor, record)
         mode = cls("dropless", 1.0, record)
-        alone = mode._is_causal(dataclasses.replace(config.moe, group_over="sequence"))
-        return mode if alone else dataclasses.replace(mode, router="top_k")
+        return dataclasses.replace(mode, router="top_k") if mode.compares_tokens(config) else mode
+
+    def compares_tokens(self, config: Config) -> bool:
+        """Whether a token's experts depend on other tokens of its text or batch."""
+        return not self._is_causal(dataclasses.replace(config.moe, group_over="sequence"))
 
     def is_causal(self, config: Config) -> bool:
-        """Whether no token's output depends on later tokens. Where nothing is dropped the fill order plays no part."""
-        return self._is_causal(config.moe)
+        """Whether no token's output depends on later tokens. Where nothing is dropped the fill order plays no part; an encoder
+        looks ahead whatever its router does."""
+        return not config.decoder_moe_layers or self._is_causal(config.moe)
 
     def _is_causal(self, moe: MoEConfig) -> bool:
         # Asked about this mode's dispatcher, whatever the config trains and evaluates with.
@@ -139,6 +166,8 @@ class MoELayer(nnx.Module):
         router = ROUTERS[moe.router]
         if router.learned:
             self.w_router_DE = normal(rngs, (model.d_model, moe.num_routed_experts), moe.router_init)
+        if moe.router_bias:
+            self.b_router_E = nnx.Param(jnp.zeros(moe.num_routed_experts))
         if router.learned_noise:
             # Shazeer et al. 2017 §A
             self.w_router_noise_DE = nnx.Param(jnp.zeros((model.d_model, moe.num_routed_experts)))
@@ -148,7 +177,8 @@ class MoELayer(nnx.Module):
         self.learns_baseline = ROUTERS[moe.router].is_policy and moe.policy_baseline == "learned"
         if self.learns_baseline:
             self.w_value_D, self.b_value = nnx.Param(jnp.zeros(model.d_model)), nnx.Param(jnp.zeros(()))
-        experts = [Experts(count, model.d_model, width, moe.activation, model.init_scale, rngs, moe.expert_bias)
+        clamp = (moe.activation_limit, moe.activation_alpha)
+        experts = [Experts(count, model.d_model, width, moe.activation, model.init_scale, rngs, moe.expert_bias, clamp)
                    for width, count in moe.width_classes]
         self.experts = nnx.List(experts) if moe.expert_widths else experts[0]
         for width, count in moe.width_classes:
@@ -161,8 +191,9 @@ class MoELayer(nnx.Module):
             self.copies_EJ = nnx.Param(jnp.asarray(round_copies(moe.num_experts, moe.expert_copies)))
         if moe.num_shared_experts:
             # n shared experts side by side are one FFN of n times the width.
-            self.shared = MLP(model.d_model, moe.num_shared_experts * moe.d_ff, moe.activation, model.init_scale, rngs,
-                              moe.expert_bias)
+            self.shared = MLP(model.d_model, moe.shared_width, moe.activation, model.init_scale, rngs, moe.expert_bias, clamp)
+        if moe.shared_gate:
+            self.w_shared_gate_D = normal(rngs, (model.d_model,), moe.router_init)
         if moe.num_zero_computation:
             self.zero_computation = ZeroComputationExperts(config, rngs)
 
@@ -202,10 +233,17 @@ class MoELayer(nnx.Module):
             listed_G = dataclasses.replace(listed_G, expert_N=jnp.minimum(listed_G.expert_N, moe.num_routed_experts))
         if moe.expert_copies:
             listed_G = self._to_copies(listed_G)
+        if moe.renormalize_after_drops:  # by the buffers as they are: copies have slots of their own
+            slots = capacity if mode.dispatch not in WITHOUT_DROPS else x_GTD.shape[1]
+            gate_GN = over_groups(functools.partial(shared_among_kept, num_experts=moe.num_copies, capacity=slots,
+                                                    tokens=x_GTD.shape[1]), listed_G)
+            listed_G, routing_G = (dataclasses.replace(each, gate_N=gate_GN) for each in (listed_G, routing_G))
         y_GTD, kept_GN = self._experts(x_GTD, listed_G, dispatcher_of(self.config, mode.dispatch), capacity)
         y_BSD = groups.join(y_GTD)
+        if moe.output_dropout:
+            y_BSD = self._dropped_out(y_BSD, mode, key)
         if moe.num_shared_experts:
-            y_BSD = y_BSD + self.shared(x_BSD)
+            y_BSD = y_BSD + self._shared(x_BSD)
         kept_GE = over_groups(functools.partial(_count, num_experts=moe.num_routed_experts), routing_G.expert_N, kept_GN)
         in_scope = self._in_scope(routing_G.statistics, groups, segment_ids_BS, mode.inspect)
         statistics = MoEStatistics(in_scope, kept_GE, policy_BS=policy_BS)
@@ -217,6 +255,11 @@ class MoELayer(nnx.Module):
                 statistics, routing_G=dataclasses.replace(routing_G, statistics=None), kept_GN=kept_GN)
         if mode.inspect:
             statistics = dataclasses.replace(statistics, view=_view(x_BSD, routing_G.statistics, inputs_G, groups))
+        if mode.trace:
+            combine_GTE = over_groups(functools.partial(_combine, tokens=x_GTD.shape[1], num_experts=moe.num_routed_experts),
+                                      dataclasses.replace(routing_G, statistics=None), kept_GN)
+            logits_BSE = None if inputs_G.logits_TE is None else groups.join(inputs_G.logits_TE)
+            statistics = dataclasses.replace(statistics, trace=MoETrace(logits_BSE, groups.join(combine_GTE), y_BSD))
         return y_BSD, statistics
 
     def choices(self, x_BSD: jax.Array, valid_BS: jax.Array, mode: RoutingMode, bias_E: jax.Array, token_ids_BS: jax.Array,
@@ -232,7 +275,7 @@ class MoELayer(nnx.Module):
                        replay_BSK=None, noise_BSE=None):
         """What the router looks at, every leaf led by G."""
         moe, router = self.config.moe, ROUTERS[mode.router or self.config.moe.router]
-        if moe.padding == "routed":
+        if moe.padding in ("routed", "as_text"):
             valid_BS = jnp.ones_like(valid_BS)
         x_GTD, valid_GT = groups.split(x_BSD), groups.split(valid_BS)
         key_G = self._group_keys(x_GTD.shape[0], mode, key, router)
@@ -246,6 +289,24 @@ class MoELayer(nnx.Module):
                             replay_expert_TK=replay_GTK, training=mode.noise, noise_TE=noise_GTE,
                             per_token=mode.inspect or moe.balance_scope in ("sequence", "document"),
                             capacity_factor=mode.capacity_factor, **logits)
+
+    def _shared(self, x_BSD):
+        """What the shared experts add, times σ(x·w) if they have a gate of their own (Qwen2-MoE); the gate in fp32 (A5)."""
+        y_BSD = self.shared(x_BSD)
+        if not self.config.moe.shared_gate:
+            return y_BSD
+        gate_BS = jax.nn.sigmoid(jnp.einsum("BSD,D->BS", x_BSD.astype(jnp.float32), self.w_shared_gate_D[...],
+                                            precision=jax.lax.Precision.HIGHEST))
+        return y_BSD * gate_BS[:, :, None].astype(y_BSD.dtype)
+
+    def _dropped_out(self, y_BSD, mode, key):
+        """Training: 0 for a random ``moe.output_dropout`` of the tokens; else what that comes to on average."""
+        rate = self.config.moe.output_dropout
+        if not mode.noise or key is None:
+            return y_BSD * (1 - rate)
+        # Folded with a number that no use of the key inside a group has (``_group_keys`` splits it).
+        kept_BS = jax.random.bernoulli(jax.random.fold_in(key, 2**31), 1 - rate, y_BSD.shape[:2])
+        return jnp.where(jax.reshard(kept_BS, spec("BS", ACTIVATIONS))[:, :, None], y_BSD, 0)
 
     def _to_copies(self, routing_G):
         """The lists with copies in the place of experts; the g-th group begins with the g-th copy of each."""
@@ -334,14 +395,16 @@ class MoELayer(nnx.Module):
             x_GTD = over_groups(lambda x, key: jitter(x, jax.random.fold_in(key, 1)), x_GTD, key_G)
         x_GTD = rounded(x_GTD)
 
-        def product(w_DE):
-            return rounded(jnp.einsum("GTD,DE->GTE", x_GTD, rounded(w_DE), precision=jax.lax.Precision.HIGHEST))
+        def product(w_DE, b_E=None):
+            y_GTE = jnp.einsum("GTD,DE->GTE", x_GTD, rounded(w_DE), precision=jax.lax.Precision.HIGHEST)
+            return rounded(y_GTE if b_E is None else y_GTE + rounded(b_E)[None, None, :])
 
         if not router.learned:
             return {"logits_TE": None}
         if not hasattr(self, "w_router_DE"):
             raise ValueError(f"the layer has no router to ask: moe.router={self.config.moe.router!r} has no parameters")
-        logits = {"logits_TE": product(self.w_router_DE[...])}
+        bias_E = self.b_router_E[...] if self.config.moe.router_bias else None
+        logits = {"logits_TE": product(self.w_router_DE[...], bias_E)}
         if router.two_levels:
             logits["group_logits_TX"] = product(self.w_router_group_DX[...])
         if router.learned_noise and key_G is not None:
@@ -358,6 +421,15 @@ def dispatcher_of(config: Config, name: str) -> Callable:
       ConfigError: the devices of the mesh in context cannot exchange rows as the config says.
     """
     return dispatcher(name, config.moe, config.mesh.expert_nodes, config.nodes_per_token)
+
+
+def shared_among_kept(routing: Routing, num_experts: int, capacity: int, tokens: int) -> jax.Array:
+    """Gates divided by the sum of those of the token's choices that find a slot, fp32 ``[N]`` (NLLB-MoE)."""
+    _, kept_N = assign_slots(routing.expert_N, num_experts, capacity)
+    gate_N = jnp.where(kept_N, routing.gate_N, 0.0)
+    total_T = jnp.zeros(tokens, jnp.float32).at[routing.token_N].add(gate_N)
+    # A lone gate so small that it would count as nothing must not divide by itself.
+    return gate_N / jnp.maximum(total_T, jnp.finfo(jnp.float32).eps)[routing.token_N]
 
 
 def part_of(routing: Routing, first: int, count: int, total: int) -> Routing:
@@ -380,48 +452,11 @@ def _view(x_BSD, terms_GT, inputs_G, groups):
     return RouterView(x_BSD, groups.join(terms_GT.entropy), groups.join(terms_GT.confidence), norm_BS)
 
 
+def _combine(routing, kept_N, tokens, num_experts):
+    """[T, E]: the gate of every choice that was computed."""
+    gates_TE = jnp.zeros((tokens, num_experts), routing.gate_N.dtype)
+    return gates_TE.at[routing.token_N, routing.expert_N].add(jnp.where(kept_N, routing.gate_N, 0.0), mode="drop")
+
+
 def _count(expert_N, kept_N, num_experts):
     return jnp.sum((expert_N[:, None] == jnp.arange(num_experts)[None, :]) & kept_N[:, None], axis=0, dtype=jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupLayout:
-    """How ``[B, S]`` tokens become ``[G, T]``: consecutive tokens of one or more sequences, or one position of many.
-
-    The number of groups follows the shape at hand, so that generation (S = 1) and evaluation (another B) work: a group
-    takes as many sequences as the config says, or all that this device has if there are fewer.
-    """
-
-    batch: int
-    length: int
-    config: Config
-
-    def _sizes(self, local_batch: int) -> tuple[int, int]:
-        """Sequences per group and positions per group."""
-        moe = self.config.moe
-        sequences = self.config.sequences_per_group
-        if local_batch % sequences:
-            sequences = local_batch
-        if moe.group_over == "batch":
-            return sequences, 1
-        positions = moe.group_size if 0 < moe.group_size < self.length else self.length
-        return sequences, positions if self.length % positions == 0 else self.length
-
-    def split(self, x_BS: jax.Array) -> jax.Array:
-        """``[B, S, ...]`` to ``[G, T, ...]``; every device regroups its own sequences."""
-        def local(x_bs):
-            batch, length, *rest = x_bs.shape
-            sequences, positions = self._sizes(batch)
-            x = x_bs.reshape(batch // sequences, sequences, length // positions, positions, *rest)
-            return jnp.swapaxes(x, 1, 2).reshape(-1, sequences * positions, *rest)
-        return per_device(local, x_BS)
-
-    def join(self, x_GT: jax.Array) -> jax.Array:
-        """``[G, T, ...]`` back to ``[B, S, ...]``."""
-        def local(x_gt):
-            groups, tokens, *rest = x_gt.shape
-            batch = groups * tokens // self.length
-            sequences, positions = self._sizes(batch)
-            x = x_gt.reshape(batch // sequences, self.length // positions, sequences, positions, *rest)
-            return jnp.swapaxes(x, 1, 2).reshape(batch, self.length, *rest)
-        return per_device(local, x_GT)

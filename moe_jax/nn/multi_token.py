@@ -6,7 +6,7 @@ from flax import nnx
 
 from moe_jax.config import ModelConfig
 from moe_jax.nn.initializers import kernel
-from moe_jax.nn.norms import RMSNorm
+from moe_jax.nn.norms import norm
 from moe_jax.product import product
 from moe_jax.sharding import ACTIVATIONS, gathered, spec
 
@@ -31,10 +31,10 @@ class FurtherToken(nnx.Module):
 
     def __init__(self, model: ModelConfig, block: nnx.Module, rngs: nnx.Rngs):
         width = model.d_model
-        self.state_norm, self.token_norm = RMSNorm(width, model.norm_epsilon), RMSNorm(width, model.norm_epsilon)
+        self.state_norm, self.token_norm = norm(model), norm(model)
         self.w_join_JDO = kernel(rngs, (2, width, width), 2 * width, model.init_scale)
         self.block = block
-        self.final_norm = RMSNorm(width, model.norm_epsilon)
+        self.final_norm = norm(model)
 
     def join(self, x_BSD: jax.Array, token_BSD: jax.Array) -> jax.Array:
         """The block's input, of the stream so far, before its last norm, and the embeddings of the tokens that follow."""

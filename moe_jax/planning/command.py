@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import signal
@@ -14,11 +15,12 @@ from typing import Any
 
 from moe_jax.config import Config, ConfigError
 from moe_jax.data.vocabularies import VocabularyError, load_vocabulary, sentencepiece_size
+from moe_jax.models import families
 from moe_jax.planning import plan_cache
 from moe_jax.planning.compiled import STEPS
 from moe_jax.planning.plan import Plan, make_plan
 from moe_jax.planning.plan_table import text_of, text_of_search
-from moe_jax.planning.search import Found, search
+from moe_jax.planning.search import Found, chosen_mesh, search
 from moe_jax.planning.slices import INSTALL_LIBTPU, Slice, has_libtpu, parse_slice
 from moe_jax.planning.waiting import Waiting
 from moe_jax.sharding import AXES, resolve_mesh
@@ -44,6 +46,8 @@ class Request:
       cache: take and keep plans that were compiled.
       json: print JSON and nothing else.
       out: the picture; '' for the default, which JSON does not write.
+      filled_in: settings that stand in the config because something must, 'model.dtype', not because anybody gave them.
+      free_mesh: so does its mesh: one is chosen, and the number of microbatches if it is among ``filled_in``.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Request:
     cache: bool = True
     json: bool = False
     out: str = ""
+    filled_in: tuple[str, ...] = ()
+    free_mesh: bool = False
 
 
 def check_request(request: Request) -> None:
@@ -85,6 +91,17 @@ def check_request(request: Request) -> None:
             "--no-cache compiles again and --formula does not; leave one of them out.")
 
 
+def without_a_file(request: Request, overrides: list[str]) -> Request:
+    """The request for a model by its name (``request.name``), family and size: what of its settings neither the table of
+    families nor ``overrides``, the words ``--config.…``, give, is filled in."""
+    given = {word.removeprefix("--config.").split("=", 1)[0] for word in overrides}
+    family, _, size = request.name.partition(":")
+    keys = [f"{section}.{name}" for section, values in families.filled_in(family, size).items() for name in values]
+    keys += ["training.microbatches", "training.num_steps"] if keys and request.step == "train" else []
+    free_mesh = not request.mesh and not any(key.startswith("mesh.") for key in given)
+    return dataclasses.replace(request, filled_in=tuple(key for key in keys if key not in given), free_mesh=free_mesh)
+
+
 def run(config: Config, request: Request) -> int:
     """Plans, prints, draws; returns the exit code.
 
@@ -94,7 +111,8 @@ def run(config: Config, request: Request) -> int:
     """
     slice_ = parse_slice(request.slice)
     config = planned_config(config, request)
-    if request.search is None:
+    chooses = request.free_mesh and request.search is None
+    if request.search is None and not chooses:
         check_mesh(config, slice_)
     compiles = not request.formula
     if compiles and not has_libtpu():
@@ -102,15 +120,18 @@ def run(config: Config, request: Request) -> int:
               f"{INSTALL_LIBTPU}", file=sys.stderr)
         compiles = False
     planner = _Planner(request, slice_)
+    quietly = functools.partial(planner.plan, alternatives=False)
     with Waiting() as waiting, ended_at_once_by_ctrl_c():
+        if chooses:
+            waiting.say("choosing a mesh by formula")
+            config = chosen_mesh(config, slice_, quietly, "training.microbatches" in request.filled_in)
         if request.search is None:
             plan, found = planner.plan(config, compiles, waiting.say), None
         else:
-            def quietly(candidate: Config, compiled: bool) -> Plan:
-                return planner.plan(candidate, compiled, alternatives=False)
-
             found = search(config, slice_, quietly, (request.search or _COMPILED) if compiles else 0, waiting.say)
             plan = found.best
+    if plan is not None:
+        plan = dataclasses.replace(plan, chosen=_chosen(config, request, plan.mesh if chooses else {}))
     if request.json:
         print(json.dumps(_search_dict(found) if found else plan.to_dict(), indent=1))
     else:
@@ -138,8 +159,11 @@ def planned_config(config: Config, request: Request) -> Config:
     """The config with the mesh, batch and length that are asked for, and the size of its vocabulary.
 
     Raises:
-      ConfigError: they do not fit together, or the vocabulary's size can only be known by reading the corpus.
+      ConfigError: they do not fit together, or the vocabulary's size can only be known by reading the corpus; a model that
+        plans know nothing of.
     """
+    if config.model.architecture == "lstm":
+        raise ConfigError("model.architecture='lstm': plans are of transformers; there are no formulas for an LSTM.")
     data = dataclasses.replace(config.data, batch_size=request.batch or config.data.batch_size,
                                sequence_length=request.context or config.data.sequence_length)
     training = config.training
@@ -148,6 +172,15 @@ def planned_config(config: Config, request: Request) -> Config:
     model = dataclasses.replace(config.model, vocab_size=_vocab_size(config))
     mesh = dataclasses.replace(config.mesh, **parse_mesh(request.mesh)) if request.mesh else config.mesh
     return dataclasses.replace(config, data=data, training=training, model=model, mesh=mesh)
+
+
+def _chosen(config: Config, request: Request, mesh: dict[str, int]) -> tuple[str, ...]:
+    """What nobody gave, as one would write it."""
+    value = lambda key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1])
+    given = {"data.batch_size": request.batch, "data.sequence_length": request.context}
+    words = [f"--config.{key}={value(key)}" for key in request.filled_in if not given.get(key)]
+    axes = ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
+    return (*words, *([f"--mesh={axes}"] if mesh else []))
 
 
 def _vocab_size(config: Config) -> int:

@@ -77,7 +77,8 @@ def compile_step(config: Config, slice_: Slice, sizes: dict[str, int], step: str
     Args:
       sizes: of the mesh axes (:func:`moe_jax.sharding.resolve_mesh` with ``slice_.devices``).
       step: 'train': one optimizer step on ``data.batch_size`` rows; 'prefill': prompts of ``data.sequence_length`` tokens,
-        as many; 'decode': one token more for each, with a full cache of that length.
+        as many; 'decode': one token more for each, with a full cache of that length. An encoder–decoder's encoder reads the
+        prompts, and its decoder has a cache of ``data.target_length`` tokens.
       say: told in words what is going on.
 
     Raises:
@@ -139,7 +140,7 @@ def _lowered(config, mesh, step):
     if step == "train":
         return jitted_train_step(config, vocab_size).lower(state, abstract_batch(config, mesh))
     return generate.lowered(step, config, vocab_size, state["params"], state["router_bias_LE"], config.data.batch_size,
-                            config.data.sequence_length)
+                            config.data.sequence_length, config.data.target_length)
 
 
 def abstract_batch(config: Config, mesh: Any) -> dict[str, Any]:
@@ -147,12 +148,14 @@ def abstract_batch(config: Config, mesh: Any) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.data.batches import padding_of
+    from moe_jax.data.batches import ENCODER, padding_of
     from moe_jax.sharding import batch_sharding
 
-    shape = (config.data.batch_size, config.data.sequence_length)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.bool_ if isinstance(value, bool) else jnp.int32, sharding=batch_sharding(mesh))
-            for name, value in padding_of(config.data).items()}
+    data = config.data
+    length = lambda name: data.target_length if data.target_length and not name.startswith(ENCODER) else data.sequence_length
+    dtype = lambda value: jnp.bool_ if isinstance(value, bool) else jnp.int32
+    return {name: jax.ShapeDtypeStruct((data.batch_size, length(name)), dtype(value), sharding=batch_sharding(mesh))
+            for name, value in padding_of(data).items()}
 
 
 _SIZE = r"([\d.]+)([KMGT]?)"

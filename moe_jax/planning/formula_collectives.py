@@ -9,7 +9,7 @@ import math
 from typing import Iterator
 
 from moe_jax.config import Config
-from moe_jax.planning.formulas import Leaf, Share, blocks, exchanged_rows, trained_layers
+from moe_jax.planning.formulas import Leaf, Share, blocks, exchanged_rows, trained_mixtures
 from moe_jax.planning.hlo import Collective, sent_bytes
 from moe_jax.planning.slices import Slice
 from moe_jax.routing import ROUTERS
@@ -19,15 +19,18 @@ from moe_jax.training.flops import group_tokens
 _NAMES = {2: "bf16", 4: "f32"}
 
 
-def step_collectives(config: Config, slice_: Slice, share: Share, state: dict[str, list[Leaf]]) -> tuple[Collective, ...]:
-    """Those of one step; ``state`` is of :func:`moe_jax.planning.formulas.state_leaves`."""
-    make = _Maker(config, slice_, share)
-    found = [*_weights(make, state["params"]), *_experts(make), *_tensor(make)]
+def step_collectives(config: Config, slice_: Slice, stacks: tuple[Share, ...],
+                     state: dict[str, list[Leaf]]) -> tuple[Collective, ...]:
+    """Those of one step; ``stacks`` and ``state`` are of :func:`moe_jax.planning.formulas.shares` and ``state_leaves``."""
+    makers = [_Maker(config, slice_, share) for share in stacks]
+    found = list(_weights(makers[-1], state["params"]))
+    for make in makers:
+        found += [*_relative_positions(make), *_experts(make), *_tensor(make)]
     return tuple(each for each in found if each.bytes * each.count)
 
 
 class _Maker:
-    """Makes records; ``times`` are executions in one microbatch, or in the one pass of inference."""
+    """Makes records of one stack; ``times`` are executions in one microbatch, or in the one pass of inference."""
 
     def __init__(self, config: Config, slice_: Slice, share: Share):
         self.config, self.slice, self.share = config, slice_, share
@@ -44,7 +47,7 @@ class _Maker:
                           between_slices=self.slice.num_slices > 1 and self.config.mesh.slice_axis in axes)
 
     def moe_layers(self) -> int:
-        return len(self.config.trained_moe_layers if self.training else self.config.moe_layers)
+        return trained_mixtures(self.config, self.share)
 
     def passes(self) -> int:
         """Forward, and forward again in the backward pass."""
@@ -64,7 +67,7 @@ def _weights(make: _Maker, params: list[Leaf]) -> Iterator[Collective]:
         if leaf.path[-1] == "embedding_VD":
             yield from _table(make, leaf, name)
             continue
-        if leaf.path[1] == "mtp" and not make.training:
+        if leaf.path[1] == "mtp" and not make.training or leaf.path[1] == "encoder" and make.share.step == "decode":
             continue
         layer = "layers" in leaf.path
         # [D_fsdp, F_tensor] -> all-gather -> [D, F_tensor], in the compute dtype
@@ -82,13 +85,15 @@ def _weights(make: _Maker, params: list[Leaf]) -> Iterator[Collective]:
 def _table(make, leaf, name):
     """Rows are picked from the whole table; a tied one is gathered along D once more, for the logits."""
     item, training, times = make.share.item, make.training, _predictions(make)
+    shared = make.share.given > 0 and not make.config.model.encoder_embedding  # an encoder reads its rows from it too
     yield make("all-gather", ("fsdp", "tensor"), _shape(leaf, leaf.parts()), item, 1, f"{name}: rows")
-    if make.config.model.tie_embedding:
+    if make.config.model.tie_embedding and leaf.path[1] == "embedding":
         yield make("all-gather", ("fsdp",), _shape(leaf, leaf.parts()), item, 1, f"{name}: logits")
         if training:
             yield make("all-reduce", TOKEN_AXES, _shape(leaf, leaf.parts("fsdp")), item, times, f"gradient of {name}: logits")
     if training:
-        yield make("all-reduce", TOKEN_AXES, _shape(leaf, leaf.parts("fsdp", "tensor")), item, times, f"gradient of {name}: rows")
+        shape = _shape(leaf, leaf.parts("fsdp", "tensor"))
+        yield make("all-reduce", TOKEN_AXES, shape, item, times + shared, f"gradient of {name}: rows")
 
 
 def _predictions(make):
@@ -107,6 +112,14 @@ def _gradient(make, leaf, name):
     kind = "reduce-scatter" if gathered and axes == ("fsdp",) else "all-reduce"
     times = _predictions(make) if leaf.path[-1] == "w_logits_DV" else leaf.repeats
     yield make(kind, axes, shape, make.share.item if gathered else 4, times, f"gradient of {name}")
+
+
+def _relative_positions(make):
+    """What is added to the scores of all rows: [H_tensor, S, S], its gradient reduced for all layers of a stack at once."""
+    config, share = make.config, make.share
+    if make.training and config.attention.positions == "relative":
+        shape = (config.model.num_heads // share.sizes["tensor"], share.row, share.row)
+        yield make("all-reduce", TOKEN_AXES, shape, 4, 1, "gradient of relative positions")
 
 
 def _shape(leaf, parts):
@@ -129,12 +142,12 @@ def _experts(make: _Maker) -> Iterator[Collective]:
     if not make.moe_layers() or peers == 1 or _gathers_experts(make):
         return
     both = 2 * make.both_ways()  # there and back
-    chunks = math.gcd(config.moe.exchange_chunks, max(share.tokens // group_tokens(config), 1)) if make.training else 1
+    tokens = group_tokens(config, share.length)
+    chunks = math.gcd(config.moe.exchange_chunks, max(share.tokens // tokens, 1)) if make.training else 1
     times = make.moe_layers() * chunks
     width = config.model.d_model
     if share.dispatch != "dropless":
         # [G, E, C, D]: experts scattered, groups gathered
-        tokens = group_tokens(config)
         capacity = ROUTERS[config.moe.router].capacity(tokens, config.moe, config.moe.capacity_factor)
         shape = (share.tokens // tokens // chunks, config.moe.num_experts, capacity, width)
         yield make("all-to-all", ("expert",), shape, share.item, times * both, "dispatch and combine")
@@ -162,21 +175,36 @@ def _tensor(make: _Maker) -> Iterator[Collective]:
     stream = (share.rows, share.length, model.d_model)
     backward = 1 if make.training else 0
     again = 1 if make.training and model.remat == "block" else 0
-    layers = trained_layers(config) if make.training else model.num_layers
-    yield make("all-reduce", ("tensor",), stream, item, layers * (1 + again + backward), "attention")
+    layers = len(share.kinds) + (model.mtp_depth if make.training else 0)
+    yield make("all-reduce", ("tensor",), stream, item, layers * (1 + again), "attention")
+    yield make("all-reduce", ("tensor",), (*stream[:2], _read_by_heads(config)), item, layers * backward,
+               "gradient of what heads read")
+    if share.given:
+        yield make("all-reduce", ("tensor",), stream, item, layers * (1 + again + backward), "cross-attention")
+        yield make("all-reduce", ("tensor",), (share.rows, share.given, model.d_model), item, layers * backward,
+                   "gradient of what the encoder made")
     for networks, name in ((layers - make.moe_layers(), "dense"), (make.moe_layers() * _beside(moe), "beside experts")):
         # Nobody reads the output of a block's last layer again.
-        last = sum(times for pattern, times in blocks(config) if not pattern[-1]) if name == "dense" else 0
+        last = sum(times for pattern, times in blocks(config, share) if not pattern[-1].is_moe) if name == "dense" else 0
         yield make("all-reduce", ("tensor",), stream, item, networks * (1 + again + backward) - again * min(last, networks),
                    f"feed-forward, {name}")
     if make.moe_layers():
         buffers = share.dispatch in ("gather", "einsum") and moe.expert_parallelism == "compiler"
         shape = (share.slots(config), model.d_model) if buffers else stream
         yield make("all-reduce", ("tensor",), shape, item, make.moe_layers() * (1 + again + backward), "experts")
-    if make.training:
+    if make.training and not share.is_encoder:
         outputs = _predictions(make)
         yield make("all-reduce", ("tensor",), stream[:2], 4, 3 * outputs, "loss: maximum, sum and target over the vocabulary")
         yield make("all-reduce", ("tensor",), stream, item, outputs, "gradient of the logits' input")
+
+
+def _read_by_heads(config):
+    """Numbers per token that the heads of one layer's attention are made of, whose gradients are sums over them: the stream, or
+    latents and the rotary key."""
+    attention, width = config.attention, config.model.d_model
+    if attention.kind == "heads":
+        return width
+    return (attention.query_rank or width) + attention.latent_rank + attention.rope_dim
 
 
 def _beside(moe):

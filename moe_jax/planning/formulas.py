@@ -15,16 +15,18 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import Config, MeshConfig
 from moe_jax.dispatch.expert_parallel import rows_at_once
-from moe_jax.models.decoder import layer_pattern
+from moe_jax.models.decoder import decoder_kinds, encoder_kinds
+from moe_jax.models.stack import LayerKind, stack_pattern
 from moe_jax.nn.activations import activation
+from moe_jax.nn.cache import slots_of
 from moe_jax.nn.splash import unfit
 from moe_jax.planning.hlo import Collective
 from moe_jax.planning.slices import Slice
 from moe_jax.routing import ROUTERS
 from moe_jax.sharding import TOKEN_AXES
 from moe_jax.training.flops import (
-    computed_choices, count_parameters, forward_flops_per_token, group_tokens, hardware_flops_per_token,
-    training_flops_per_token)
+    computed_choices, count_parameters, forward_flops_per_token, group_tokens, hardware_flops_per_token, pair_flops_per_token,
+    score_weights, seen_keys, training_flops_per_token)
 from moe_jax.training.state import initial_state, state_specs
 
 
@@ -64,14 +66,14 @@ def estimate(config: Config, slice_: Slice, sizes: dict[str, int], step: str = "
     """
     from moe_jax.planning.formula_collectives import step_collectives
 
-    share = Share.of(config, sizes, step)
+    stacks = shares(config, sizes, step)
     state = state_leaves(config, sizes)
     count = _abstract(_without_mesh(config))[0]
-    cache = _cache_bytes(config, share) if step != "train" else 0
-    memory = _training_memory(config, share, state) if step == "train" else _inference_memory(config, share, state, cache)
-    model_flops, hardware_flops = _flops(config, share, step)
+    cache = _cache_bytes(config, stacks[-1]) if step != "train" else 0
+    memory = _training_memory(config, stacks, state) if step == "train" else _inference_memory(config, stacks, state, cache)
+    model_flops, hardware_flops = _training_flops(config, stacks) if step == "train" else _inference_flops(config, stacks[-1])
     return Estimate(step, count.total, count.active, memory, cache, model_flops, hardware_flops,
-                    step_collectives(config, slice_, share, state))
+                    step_collectives(config, slice_, stacks, state))
 
 
 # A device's share
@@ -79,43 +81,43 @@ def estimate(config: Config, slice_: Slice, sizes: dict[str, int], step: str = "
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What of one step one device computes at once: one microbatch of training, a prompt, or one token of each row.
+    """What of one step one device computes at once in one stack of layers: one microbatch of training, a prompt, or one token
+    of each row.
 
     Attributes:
       sizes: of the mesh axes.
       step: see :func:`estimate`.
       rows, length: sequences, and tokens of each.
+      kinds: of the layers that run once for each of these tokens; multi-token prediction's are not among them.
       dispatch: the dispatcher that runs.
       passes: how often the layers run forward: 2 where the backward pass runs them again.
-      splash: attention runs by the kernel.
+      splash: the spans of layers whose attention runs by the kernel.
       item: bytes of a number in the compute dtype.
+      row: tokens of a row, of which decoding computes the last.
+      given: tokens of an encoder's row that these layers look at; 0 without an encoder.
+      is_encoder: tokens see later ones too, and there is no output layer.
     """
 
     sizes: dict[str, int]
     step: str
     rows: int
     length: int
+    kinds: tuple[LayerKind, ...]
     dispatch: str
     passes: int
-    splash: bool
+    splash: frozenset[str]
     item: int
-
-    @classmethod
-    def of(cls, config: Config, sizes: dict[str, int], step: str) -> "Share":
-        training = step == "train"
-        batch = config.data.batch_size // (config.training.microbatches if training else 1)
-        length = 1 if step == "decode" else config.data.sequence_length
-        shards = math.prod(sizes[axis] for axis in TOKEN_AXES)
-        # The formulas are of a program for TPUs, whatever this machine is.
-        fits = config.model.attention != "plain" and not unfit(length, config.model.head_dim, "tpu")
-        fits = fits and config.data.prefix_attention == "causal"
-        return cls(sizes, step, -(-batch // shards), length, config.moe.dispatch if training else "dropless",
-                   2 if training and config.model.remat != "none" else 1, fits and step != "decode",
-                   jnp.dtype(config.model.dtype).itemsize)
+    row: int
+    given: int = 0
+    is_encoder: bool = False
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    @property
+    def mixtures(self) -> int:
+        return sum(kind.is_moe for kind in self.kinds)
 
     def axes(self, *names: str) -> tuple[str, ...]:
         """Those of the axes that have more than one device."""
@@ -134,10 +136,32 @@ class Share:
             if peers == 1 or moe.expert_parallelism == "none":
                 return chosen
             return peers * exchanged_rows(config, chosen, self.tokens, peers)
-        tokens = group_tokens(config)
+        tokens = group_tokens(config, self.length)
         capacity = ROUTERS[moe.router].capacity(tokens, moe, moe.capacity_factor)
         # [G_(data,fsdp,expert), E, C] and [G_(data,fsdp), E_expert, C] hold as many.
         return self.tokens // tokens * moe.num_experts * capacity
+
+
+def shares(config: Config, sizes: dict[str, int], step: str) -> tuple[Share, ...]:
+    """The stacks that run in a step, an encoder first. (In decoding what an encoder has read waits in the cache.)"""
+    data, training = config.data, step == "train"
+    batch = data.batch_size // (config.training.microbatches if training else 1)
+    rows = -(-batch // math.prod(sizes[axis] for axis in TOKEN_AXES))
+    encodes = config.model.encoder_layers > 0
+    row = data.target_length if encodes else data.sequence_length
+    # Behind an encoder that reads the prompt a decoder begins with one token.
+    length = 1 if step == "decode" or (encodes and not training) else row
+    # The formulas are of a program for TPUs, whatever this machine is.
+    allowed = config.model.attention != "plain" and data.prefix_attention == "causal" and length > 1
+    splash = frozenset(layer.span for layer in config.attention_layers if allowed and not unfit(
+        length, config.model.head_dim, "tpu", config.attention, layer.span))
+    decoder = Share(sizes, step, rows, length, decoder_kinds(config), config.moe.dispatch if training else "dropless",
+                    2 if training and config.model.remat != "none" else 1, splash, jnp.dtype(config.model.dtype).itemsize, row,
+                    data.sequence_length if encodes else 0)
+    if not encodes or step == "decode":
+        return (decoder,)
+    return dataclasses.replace(decoder, length=data.sequence_length, row=data.sequence_length, kinds=encoder_kinds(config),
+                               splash=frozenset(), given=0, is_encoder=True), decoder
 
 
 def exchanged_rows(config: Config, assignments: int, tokens: int, peers: int) -> int:
@@ -172,7 +196,7 @@ class Leaf:
     @property
     def repeats(self) -> int:
         """Layers that are stacked in it."""
-        return self.shape[0] if self.path[:2] == ("params", "body") else 1
+        return self.shape[0] if self.path[:2] == ("params", "body") or self.path[:3] == ("params", "encoder", "body") else 1
 
 
 def state_leaves(config: Config, sizes: dict[str, int]) -> dict[str, list[Leaf]]:
@@ -207,60 +231,64 @@ def _abstract(config):
 # Memory
 
 
-def _training_memory(config: Config, share: Share, state: dict[str, list[Leaf]]) -> dict[str, int]:
+def _training_memory(config: Config, stacks: tuple[Share, ...], state: dict[str, list[Leaf]]) -> dict[str, int]:
     """Parameters, optimizer state and the rest of the state; gradients; and the activations of the fullest moment: when
     the loss is formed, or inside the backward pass of one block of layers."""
+    share = stacks[-1]
     total = lambda name: sum(leaf.bytes for leaf in state.get(name, ()))
     rest = sum(total(name) for name in state if name not in ("params", "opt_state"))
     # Gradients are of the compute dtype until the optimizer reads them; accumulated ones are fp32.
     gradients = sum(leaf.numbers * min(share.item, leaf.itemsize) for leaf in state["params"])
     accumulated = total("params") if config.training.microbatches > 1 else 0
-    kept, block, table = _kept_bytes(config, share), _block_bytes(config, share), _table_bytes(config, share, state)
+    kept = sum(_kept_bytes(config, each) for each in stacks)
+    if share.given:  # what the encoder made, and its gradient, to which every layer of the decoder adds
+        kept += 2 * share.rows * share.given * config.model.d_model * share.item
+    block, table = max(_block_bytes(config, each) for each in stacks), _table_bytes(config, share, state)
     loss = table + _logits_bytes(config, share)
     body = gradients + block + _gathered_bytes(share, state)
     # Where the loss is formed there are no gradients of this microbatch yet.
     working = max(loss, body) - gradients if loss > body else body - gradients
     return {"parameters": total("params"), "optimizer state": total("opt_state"), "other state and batch":
-            rest + _batch_bytes(config, share), "gradients": gradients + accumulated, "activations kept": kept,
+            rest + _batch_bytes(config, stacks), "gradients": gradients + accumulated, "activations kept": kept,
             "activations at work": max(working, 0)}
 
 
-def _inference_memory(config, share, state, cache):
+def _inference_memory(config, stacks, state, cache):
+    share = stacks[-1]
     params = sum(leaf.bytes for leaf in state["params"])
     last = share.tokens * config.model.vocab_size // share.sizes["tensor"] * 4
-    layer = max(_layer_bytes(config, share, is_moe) for is_moe in set(_pattern(config)))
+    layer = max(_layer_bytes(config, each, kind) for each in stacks for kind in set(each.kinds))
     work = max(layer + _gathered_bytes(share, state), _table_bytes(config, share, state) + last)
-    return {"parameters": params, "key/value cache": cache, "other state and batch": share.tokens * 8,
+    return {"parameters": params, "key/value cache": cache, "other state and batch": sum(each.tokens for each in stacks) * 8,
             "activations at work": work}
 
 
-def _batch_bytes(config, share):
-    """What the step reads of a batch, four int32 arrays and one of bool, two or three of bool under other objectives than the
-    causal one; of all microbatches."""
-    masks = 1 + (config.data.objective != "causal") + (config.data.prefix_attention == "bidirectional")
-    return share.tokens * config.training.microbatches * (4 * 4 + masks)
+def _batch_bytes(config, stacks):
+    """What the step reads of a batch, of all microbatches: int32 arrays of ids, targets, segments and positions, and one of bool,
+    two or three of bool under other objectives than the causal one; an encoder has no targets."""
+    data, tokens = config.data, [share.tokens * config.training.microbatches for share in stacks]
+    # Relative positions are those in the row.
+    positions = config.attention.positions != "relative" or config.moe.router == "hash"
+    if data.target_length:
+        return tokens[0] * ((2 + positions) * 4 + 1) + tokens[1] * ((3 + positions) * 4 + 1)
+    masks = 1 + (data.objective != "causal") + (data.prefix_attention == "bidirectional")
+    return tokens[0] * ((3 + positions) * 4 + masks)
 
 
 def _cache_bytes(config: Config, share: Share) -> int:
-    model = config.model
-    heads = model.num_kv_heads // share.sizes["tensor"]
-    return 2 * model.num_layers * share.rows * config.data.sequence_length * heads * model.head_dim * share.item
+    model, attention = config.model, config.attention
+    numbers = 2 * model.num_kv_heads // share.sizes["tensor"] * model.head_dim
+    if attention.kind == "latent":
+        numbers = attention.latent_rank + attention.rope_dim
+    slots = sum(slots_of(attention, kind.attention.span, share.row) + share.given for kind in share.kinds)
+    return slots * share.rows * numbers * share.item
 
 
-def _pattern(config: Config) -> tuple[bool, ...]:
-    return tuple(i in config.moe_layers for i in range(config.model.num_layers))
-
-
-def trained_layers(config: Config) -> int:
-    """Those of the model and of multi-token prediction."""
-    return config.model.num_layers + config.model.mtp_depth
-
-
-def blocks(config: Config) -> list[tuple[tuple[bool, ...], int]]:
-    """((is MoE, per layer), how often) of the blocks that are rematerialised as one, in order; those of multi-token
+def blocks(config: Config, share: Share) -> list[tuple[tuple[LayerKind, ...], int]]:
+    """((kind of each layer), how often) of the blocks that are rematerialised as one, in order; those of multi-token
     prediction last."""
-    layers = _pattern(config)
-    prefix, period, repeats = layer_pattern(layers) if config.model.scan_layers else (0, len(layers), 1)
+    layers = share.kinds
+    prefix, period, repeats = stack_pattern(config, layers)
     body = layers[prefix:prefix + period]
     single = (*layers[prefix + period * repeats:], *layers[-1:] * config.model.mtp_depth)
     return [*(((m,), 1) for m in layers[:prefix]), (body, repeats), *(((m,), 1) for m in single)]
@@ -270,11 +298,13 @@ def _kept_bytes(config, share):
     """What waits for the backward pass: with rematerialisation the input of every block, and products for 'dots'."""
     stream = share.tokens * config.model.d_model * share.item
     joined = 4 * config.model.mtp_depth * stream  # of each depth two normed inputs, their embedding, the block's input
+    if config.attention.positions == "relative":  # what is added to scores, and its gradient
+        joined += 2 * config.model.num_heads // share.sizes["tensor"] * share.row**2 * 4
     if config.model.remat == "none":
-        return joined + sum(repeats * sum(_layer_bytes(config, share, m) for m in layers) for layers, repeats in blocks(config))
-    kept = joined + sum(repeats for _, repeats in blocks(config)) * stream
+        return joined + sum(repeats * sum(_layer_bytes(config, share, m) for m in layers) for layers, repeats in blocks(config, share))
+    kept = joined + sum(repeats for _, repeats in blocks(config, share)) * stream
     if config.model.remat == "dots":
-        kept += sum(repeats * sum(_product_bytes(config, share, m) for m in layers) for layers, repeats in blocks(config))
+        kept += sum(repeats * sum(_product_bytes(config, share, m) for m in layers) for layers, repeats in blocks(config, share))
     return kept
 
 
@@ -282,23 +312,41 @@ def _block_bytes(config, share):
     """The most that the backward pass of one block has at work: its activations – kept already without rematerialisation –
     and the gradients of one layer's, which are as large again."""
     most = 0
-    for layers, _ in blocks(config):
+    for layers, _ in blocks(config, share):
         recomputed = sum(_layer_bytes(config, share, m) for m in layers) if config.model.remat != "none" else 0
-        most = max(most, recomputed + max(_hidden_bytes(config, share, m) for m in layers))
+        most = max(most, recomputed + max(_hidden_bytes(config, share, m.is_moe) for m in layers))
     return most
 
 
-def _layer_bytes(config: Config, share: Share, is_moe: bool) -> int:
+def _layer_bytes(config: Config, share: Share, kind: LayerKind) -> int:
     """Activations of one layer that its backward pass reads."""
-    model, tensor = config.model, share.sizes["tensor"]
+    model, tensor, span = config.model, share.sizes["tensor"], kind.attention.span
     stream = share.tokens * model.d_model * share.item
-    heads, kv_heads = model.num_heads // tensor, model.num_kv_heads // tensor
-    # Two normed inputs and the stream between them; queries and keys before and after the rotation, values, the output.
-    attention = 3 * stream + share.tokens * model.head_dim * (3 * heads + 3 * kv_heads) * share.item
-    if not share.splash:
-        keys = config.data.sequence_length
-        attention += share.rows * heads * share.length * keys * (4 + share.item)  # fp32 and, for the product, rounded
-    return attention + _hidden_bytes(config, share, is_moe)
+    # Two normed inputs and the stream between them.
+    attention = 3 * stream + share.tokens * _attention_numbers(config, tensor) * share.item
+    keys = 0
+    if span not in share.splash:
+        keys = slots_of(config.attention, span, share.row) if share.length < share.row else share.row
+    if kind.crosses:  # one more normed input, the stream behind it, queries and outputs; keys and values of what is given
+        made = 0 if share.step == "decode" else share.rows * share.given
+        of_heads = share.tokens * 2 * model.num_heads + made * 2 * model.num_kv_heads
+        attention += 2 * stream + of_heads // tensor * model.head_dim * share.item
+        keys += share.given
+    scores = share.rows * model.num_heads // tensor * share.length * keys
+    attention += scores * (4 + share.item)  # fp32 and, for the product, rounded
+    return attention + _hidden_bytes(config, share, kind.is_moe)
+
+
+def _attention_numbers(config, tensor):
+    """Of one token: queries and keys before and after the rotation, values, the output; of latents also these, before and
+    after their norms, and the keys' parts."""
+    model, attention = config.model, config.attention
+    heads, kv_heads, head = model.num_heads // tensor, model.num_kv_heads // tensor, model.head_dim
+    if attention.kind == "latent":
+        of_heads = heads * (2 * head + 2 * head - attention.rope_dim + 2 * attention.value_dim)
+        return of_heads + 2 * (attention.query_rank + attention.latent_rank + attention.rope_dim)
+    more = (attention.qk_norm != "none") * (heads + kv_heads) + (attention.clip_qkv > 0) * (heads + 2 * kv_heads)
+    return head * (3 * heads + 3 * kv_heads + more)
 
 
 def _hidden_bytes(config: Config, share: Share, is_moe: bool) -> int:
@@ -316,15 +364,23 @@ def _hidden_bytes(config: Config, share: Share, is_moe: bool) -> int:
     if moe.residual_ffn != "none":
         total += dense(model.d_ff, model.activation)
     if moe.num_shared_experts:
-        total += dense(moe.num_shared_experts * moe.d_ff, moe.activation)
+        total += dense(moe.shared_width, moe.activation)
     return total
 
 
-def _product_bytes(config, share, is_moe):
+def _product_bytes(config, share, kind):
     """Results of products with weights, which remat='dots' keeps."""
     model, moe, tensor = config.model, config.moe, share.sizes["tensor"]
-    attention = share.tokens * (model.head_dim * (model.num_heads + 2 * model.num_kv_heads) // tensor + model.d_model)
-    if not is_moe:
+    of_heads, latents = model.head_dim * (model.num_heads + 2 * model.num_kv_heads), 0
+    if config.attention.kind == "latent":
+        rope = config.attention.rope_dim
+        of_heads = model.num_heads * (2 * model.head_dim - rope + config.attention.value_dim)
+        latents = config.attention.query_rank + config.attention.latent_rank + rope
+    attention = share.tokens * (of_heads // tensor + latents + model.d_model)
+    if kind.crosses:
+        attention += share.tokens * (model.num_heads * model.head_dim // tensor + model.d_model)
+        attention += share.rows * share.given * 2 * model.num_kv_heads * model.head_dim // tensor
+    if not kind.is_moe:
         return (attention + share.tokens * (len(activation(model.activation).branches) * model.d_ff // tensor
                                             + model.d_model)) * share.item
     width = max(width for width, _ in moe.width_classes)
@@ -350,7 +406,7 @@ def _gathered_bytes(share, state):
     """The weights of the layer that has most, complete along D, and their gradients before they are shared out."""
     layers: dict[tuple[str, ...], int] = {}
     for leaf in state["params"]:
-        if "fsdp" in leaf.spec and leaf.path[1] != "embedding":
+        if "fsdp" in leaf.spec and "embedding" not in leaf.path:
             place = leaf.path[: leaf.path.index("layers") + 2] if "layers" in leaf.path else leaf.path
             layers[place] = layers.get(place, 0) + math.prod(leaf.shape) // leaf.parts("fsdp") // leaf.repeats
     return 2 * share.item * max(layers.values(), default=0)
@@ -359,38 +415,65 @@ def _gathered_bytes(share, state):
 # Floating-point operations
 
 
-def _flops(config: Config, share: Share, step: str) -> tuple[float, float]:
+def _inference_flops(config: Config, share: Share) -> tuple[float, float]:
+    """(model, hardware) of one step on all devices; ``share`` is the decoder's."""
+    data, vocab_size, last = config.data, config.model.vocab_size, share.step == "decode"
+    if share.given:
+        encoder, decoder = pair_flops_per_token(config, vocab_size, 0 if last else 1, last)
+        forward = data.batch_size * (decoder if last else data.sequence_length * encoder + decoder)
+        return forward, forward
+    tokens = data.batch_size * share.length
+    forward = forward_flops_per_token(config, vocab_size, data.sequence_length, last) * tokens
+    return forward, forward + (0 if last else tokens * _hidden_scores(config, share))
+
+
+def _training_flops(config: Config, stacks: tuple[Share, ...]) -> tuple[float, float]:
     """(model, hardware) of one step on all devices."""
-    data, vocab_size = config.data, config.model.vocab_size
-    if step != "train":
-        tokens = data.batch_size * share.length
-        context = data.sequence_length if step == "prefill" else 2 * data.sequence_length  # all keys, not half of them
-        forward = forward_flops_per_token(config, vocab_size, context) * tokens
-        return forward, forward + tokens * (_hidden_scores(config, share) if step == "prefill" else 0)
-    tokens = config.tokens_per_step
+    vocab_size, tokens = config.model.vocab_size, config.tokens_per_step
     model = training_flops_per_token(config, vocab_size) * tokens
-    hardware = hardware_flops_per_token(config, vocab_size)
-    extra = _hidden_scores(config, share) + _one_hot(config, share)
-    layers = hardware / 3 - (1 + config.model.mtp_depth) * 2 * config.model.d_model * vocab_size
+    hardware = hardware_flops_per_token(config, vocab_size) * tokens
+    of_stack = lambda function: sum(config.data.batch_size * each.length * function(config, each) for each in stacks)
+    extra = of_stack(_hidden_scores) + of_stack(_one_hot)
+    output = (1 + config.model.mtp_depth) * 2 * config.model.d_model * vocab_size
+    layers = hardware / 3 - config.data.batch_size * stacks[-1].length * output
     hardware += 3 * extra
     if config.model.remat == "block":
         hardware += layers + extra
     elif config.model.remat == "dots":  # what is not a product with weights: scores and values
-        hardware += 2 * trained_layers(config) * config.model.num_heads * config.model.head_dim * data.sequence_length + extra
-    return model, hardware * tokens
+        hardware += 2 * score_weights(config) * of_stack(_seen) + extra
+    return model, hardware
+
+
+def _seen(config, share):
+    """Keys that a token sees in all layers, the mean over a row."""
+    crossed = sum(kind.crosses for kind in share.kinds) * share.given
+    return crossed + sum(seen_keys(config, span, share.row, share.is_encoder) for span in _spans(config, share))
 
 
 def _hidden_scores(config, share):
-    """Per token: plain attention also computes the half of the scores that nobody may see."""
-    model = config.model
-    layers = trained_layers(config) if share.step == "train" else model.num_layers
-    return 0 if share.splash else 2 * layers * model.num_heads * model.head_dim * config.data.sequence_length
+    """Per token: plain attention also computes the scores that nobody may see."""
+    if share.is_encoder:
+        return 0
+    hidden = sum(share.row - seen_keys(config, span, share.row) for span in _spans(config, share) if span not in share.splash)
+    return 2 * score_weights(config) * hidden
+
+
+def _spans(config, share):
+    """What each layer that runs sees."""
+    layers = [kind.attention.span for kind in share.kinds]
+    return [*layers, *layers[-1:] * (config.model.mtp_depth if share.step == "train" else 0)]
+
+
+def trained_mixtures(config: Config, share: Share) -> int:
+    """The stack's MoE layers that a step runs: in training also those of multi-token prediction."""
+    return share.mixtures + (len(config.trained_moe_layers) - len(config.moe_layers) if share.step == "train" else 0)
 
 
 def _one_hot(config, share):
     """Per token: filling and emptying buffers by products with one-hot matrices."""
     if share.dispatch != "einsum" or not config.moe_layers:
         return 0
-    moe, tokens = config.moe, group_tokens(config)
+    moe, tokens = config.moe, group_tokens(config, share.length)
     slots = moe.num_experts * ROUTERS[moe.router].capacity(tokens, moe, moe.capacity_factor)
-    return len(config.trained_moe_layers) * (2 * 2 * slots * config.model.d_model + 2 * 2 * tokens * slots * moe.experts_per_token)
+    per_layer = 2 * 2 * slots * config.model.d_model + 2 * 2 * tokens * slots * moe.experts_per_token
+    return trained_mixtures(config, share) * per_layer

@@ -194,16 +194,20 @@ def _of_kernel(computation, instruction) -> Work:
     if declared := re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest):
         return Work(float(declared.group(1)), moved, float(declared.group(1)))
     name = re.sub(r"[.\d]+$", "", instruction.name)
-    # Of a pair of blocks: q·k and p·v forward; for dq also do·v and ds·k; for dk and dv q·k, do·v, p·do and ds·q.
-    kinds = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-    products = next((count for kind, count in kinds.items() if name.startswith(kind)), 0)
-    if not products:
+    # Of a pair of blocks: q·k and p·v forward; for dq also do·v and ds·k; for dk and dv q·k, do·v, p·do and ds·q. So many
+    # products are of the width of queries, and of values.
+    kinds = {"splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
+    products = next((count for kind, count in kinds.items() if name.startswith(kind)), None)
+    if products is None:
         return Work(bytes=moved, uncounted_kernels=frozenset({name}))
-    # Queries, [B, H, S, d] or one sequence's, come first behind small integers. Of the square of blocks the kernel computes
-    # the diagonal and what is below.
+    # Queries, keys and values, [B, H, S, d] or one sequence's, come first behind small integers, the grid of blocks
+    # [1, queries, keys] among them. In a window it is narrower; the diagonal and what is below it in the grid are computed.
     operands = [array for operand in instruction.operands for array in arrays(computation[operand].shape)]
-    *batch, length, head = next(sizes for dtype, sizes in operands if len(sizes) >= 3 and "f" in dtype)
+    queries, _, values, *_ = (sizes for dtype, sizes in operands if len(sizes) >= 3 and "f" in dtype)
+    *batch, length, head = queries
     block = block_of(length)
     blocks = length // block
-    flops = products * 2.0 * math.prod(batch) * head * block * block * blocks * (blocks + 1) / 2
+    width = min((min(sizes[-2:]) for dtype, sizes in operands if len(sizes) == 3 and dtype == "s8"), default=blocks)
+    pairs = blocks * width - width * (width - 1) / 2
+    flops = 2.0 * math.prod(batch) * (products[0] * head + products[1] * values[-1]) * block * block * pairs
     return Work(flops, moved, flops)

@@ -108,12 +108,15 @@ class Plan:
     Attributes:
       name: of the config.
       basis: 'compiled' or 'by formula'; why: a sentence on that.
-      sequences, sequence_tokens: one step's: of training or prefill, or those that decoding adds one token each to.
+      sequences, sequence_tokens: one step's: of training or prefill, or those that decoding adds one token each to. Of an
+        encoder–decoder the encoder's, and ``target_tokens`` the decoder's; 0 without an encoder.
       parameters_active: per token.
       model_flops: of the active parameters, as MFU counts. hardware_flops: those that are computed: recomputation and
         padded buffers too. compiled_flops: as the compiler counts them; None without it.
       kv_cache_bytes: of all chips; 0 in training.
       num_steps: of the configured run.
+      chosen: settings that nobody gave, as one would write them ('--config.model.dtype=bfloat16', '--mesh=fsdp=8,expert=8'): of
+        a model that is planned by its name.
     """
 
     name: str
@@ -138,11 +141,14 @@ class Plan:
     lower_seconds: float | None
     compile_seconds: float | None
     versions: dict[str, Any]
+    chosen: tuple[str, ...] = ()
+    target_tokens: int = 0
 
     @property
     def tokens(self) -> int:
-        """Of one step, all chips: one for each sequence where one is decoded."""
-        return self.sequences * (1 if self.step == "decode" else self.sequence_tokens)
+        """Of one step, all chips: one for each sequence where one is decoded; of training those of encoder and decoder."""
+        length = self.sequence_tokens + (self.target_tokens if self.step == "train" else 0)
+        return self.sequences * (1 if self.step == "decode" else length)
 
     @property
     def tokens_per_second(self) -> float:
@@ -242,7 +248,7 @@ def make_plan(config: Config, slice_: Slice, sizes: dict[str, int], step: str = 
         compiled_flops=compiled.flops * slice_.devices if compiled else None, time=time,
         kv_cache_bytes=guess.kv_cache_bytes * slice_.devices, num_steps=config.training.num_steps,
         lower_seconds=compiled and compiled.lower_seconds, compile_seconds=compiled and compiled.compile_seconds,
-        versions=versions())
+        versions=versions(), target_tokens=config.data.target_length)
 
 
 def _changes(found: list[Suggestion], step: str, compile: bool, correction: float,

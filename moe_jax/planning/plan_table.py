@@ -64,10 +64,14 @@ def _heading(plan: Plan) -> str:
     length = f"of {plan.sequence_tokens:,} tokens"
     if plan.step == "decode":
         length = f"with a cache {length}"
-    return (f"{plan.name} on {slice_.name}: {what}\n"
-            f"  {slice_.chips:,} chips {chip.name} ({slices}{slice_.topology}{devices}), mesh {mesh_text(plan.mesh)}\n"
-            f"  {count_text(plan.parameters_total)} parameters, {count_text(plan.parameters_active)} active per token; "
-            f"{plan.sequences:,} sequences {length}")
+    if plan.target_tokens:
+        length = {"train": f"{length} and {plan.target_tokens:,} targets", "prefill": f"{length} for the encoder",
+                  "decode": f"with a cache of {plan.target_tokens:,} tokens behind {plan.sequence_tokens:,} of the encoder"}[plan.step]
+    heading = (f"{plan.name} on {slice_.name}: {what}\n"
+               f"  {slice_.chips:,} chips {chip.name} ({slices}{slice_.topology}{devices}), mesh {mesh_text(plan.mesh)}\n"
+               f"  {count_text(plan.parameters_total)} parameters, {count_text(plan.parameters_active)} active per token; "
+               f"{plan.sequences:,} sequences {length}")
+    return heading + ("\n" + _wrapped(f"chosen here, where the name says nothing: {' '.join(plan.chosen)}") if plan.chosen else "")
 
 
 def _memory(plan: Plan) -> str:

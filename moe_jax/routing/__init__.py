@@ -7,7 +7,7 @@ import dataclasses
 from typing import Callable
 
 from moe_jax.config import ConfigError, MoEConfig
-from moe_jax.routing.assignment import RouterInputs, Routing, assign_slots, expert_capacity
+from moe_jax.routing.assignment import RouterInputs, Routing, expert_capacity
 from moe_jax.routing.debug import (
     all_experts, all_experts_capacity, all_experts_is_causal, check_all_experts, check_round_robin, round_robin,
     round_robin_is_causal)
@@ -23,6 +23,8 @@ from moe_jax.routing.token_choice import OPTIONS, check_top_k, draws, noisy_top_
 
 
 def _capacity(tokens: int, moe: MoEConfig, factor: float) -> int:
+    if moe.expert_capacity:
+        return min(tokens, moe.expert_capacity)
     # A zero-computation expert gets 1/τ times the load of another where the balancing loss is lowest (Jin et al. 2024).
     experts = moe.num_experts + moe.num_zero_computation / moe.zero_expert_weight
     return expert_capacity(tokens, experts, moe.experts_per_token, factor, moe.capacity_counts,
@@ -107,10 +109,11 @@ ROUTERS: dict[str, Router] = {
 
 def has_fixed_choices(moe: MoEConfig) -> bool:
     """Whether every valid token makes exactly ``moe.experts_per_token`` choices."""
-    return ROUTERS[moe.router].fixed_choices and moe.second_policy == "all" and moe.padding not in ("takes_slots", "routed")
+    without_padding = moe.padding in ("nowhere", "in_means")
+    return ROUTERS[moe.router].fixed_choices and moe.second_policy == "all" and without_padding
 
 
-def check_router(moe: MoEConfig) -> None:
+def check_router(moe: MoEConfig, in_decoder: bool = True) -> None:
     """Refuses options the router cannot work with, and a router that sees the future in a decoder (B52, B53)."""
     router = ROUTERS[moe.router]
     for option in sorted({option for other in ROUTERS.values() for option in other.options} - set(router.options)):
@@ -124,9 +127,15 @@ def check_router(moe: MoEConfig) -> None:
         raise ConfigError(f"moe.router={moe.router!r}: has no place for identity, zero and constant experts: its choices "
                           f"are quotas, tables or groups of feed-forward experts; set moe.num_identity_experts, "
                           f"moe.num_zero_experts and moe.num_constant_experts to 0, or moe.router to one of {names}.")
+    if moe.router_bias and not router.learned:
+        raise ConfigError(f"moe.router_bias=True: is added to the router's logits, and moe.router={moe.router!r} has none; set it "
+                          f"to False, or another router.")
+    if moe.capacity_counts == "group" and router.capacity is not _capacity:
+        raise ConfigError(f"moe.capacity_counts='group': a share of the group's tokens is what choices of tokens have slots of, and "
+                          f"with moe.router={moe.router!r} experts choose; set it to 'choices' or 'tokens'.")
     router.check(moe)
     _check_slots(moe)
-    if moe.allow_noncausal_routing or router.is_causal(moe):
+    if moe.allow_noncausal_routing or not in_decoder or router.is_causal(moe):
         return
     if moe.device_capacity_factor:
         raise ConfigError(
@@ -143,9 +152,9 @@ def _check_slots(moe: MoEConfig) -> None:
     """Refuses a way to count slots where there are none."""
     capacity = ROUTERS[moe.router].capacity
     buffers = not {moe.dispatch, moe.eval_dispatch} <= {"dropless", "reference"}
-    if capacity is expert_choice_capacity or capacity is _capacity and buffers:
+    if capacity is _capacity and buffers or capacity is expert_choice_capacity and not moe.expert_capacity:
         return
-    for field in ("capacity_rounding", "capacity_multiple"):
+    for field in ("expert_capacity", "capacity_rounding", "capacity_multiple"):
         value, default = getattr(moe, field), getattr(MoEConfig, field)
         if value != default:
             raise ConfigError(f"moe.{field}={value!r}: has no effect with moe.router={moe.router!r}, moe.dispatch="

@@ -108,10 +108,15 @@ def expert_capacity(tokens: int, num_experts: int, experts_per_token: int, facto
 
     ``counts='choices'``: ceil(factor·K·T/E), as V-MoE; a factor of 1 holds a balanced load exactly.
     ``counts='tokens'``: round(factor·T/E), as flaxformer, ST-MoE and OpenMoE's training; K is absent.
+    ``counts='group'``: ceil(factor·T), as NLLB-MoE in evaluation; E is absent, too.
     ``rounding`` 'up' or 'nearest' instead of the one named here; ``multiple``: see :func:`slots_per_expert`.
 
     Never more than T (an expert meets a token once: B38) and at least ``minimum`` where T allows.
     """
+    if counts == "group":
+        # Not less a hair, as there: ceil(0.07 · 100) is 8 in fairseq and transformers.
+        slots = math.ceil(factor * tokens) if rounding != "nearest" else round(factor * tokens)
+        return min(tokens, -(-max(slots, minimum) // multiple) * multiple)
     if rounding == "default":
         rounding = "up" if counts == "choices" else "nearest"
     choices = experts_per_token * tokens if counts == "choices" else tokens

@@ -16,7 +16,8 @@ def in_best_groups(ranked_TE: jax.Array, score_TE: jax.Array, moe: MoEConfig) ->
     Groups are equal runs of consecutive experts: those of one device or node. A group is worth
       ``'max'``: its best rank – device-limited routing (DeepSeek-V2 §2.2.2);
       ``'top_sum'``: the sum of its K/M best scores – node-limited routing (DeepSeek-V3 §2.1.2), with the selection bias
-        in them as in the published code.
+        in them as in the published code;
+      ``'top_2_sum'``: the sum of its two best, whatever K and M are, as that code has it (for its 8/4 the same).
 
     Args:
       ranked_TE: what experts are chosen by. score_TE: the scores, with their bias if there is one.
@@ -27,7 +28,8 @@ def in_best_groups(ranked_TE: jax.Array, score_TE: jax.Array, moe: MoEConfig) ->
     if moe.group_score == "max":
         value_TX = jnp.max(ranked_TE.reshape(tokens, moe.num_groups, -1), axis=-1)
     else:
-        best = max(1, moe.experts_per_token // moe.groups_per_token)
+        best = 2 if moe.group_score == "top_2_sum" else max(1, moe.experts_per_token // moe.groups_per_token)
+        best = min(best, experts // moe.num_groups)
         value_TX = jnp.sum(jax.lax.top_k(score_TE.reshape(tokens, moe.num_groups, -1), best)[0], axis=-1)
     _, group_TM = jax.lax.top_k(rankable(value_TX), moe.groups_per_token)
     allowed_TX = jnp.any(group_TM[:, :, None] == jnp.arange(moe.num_groups)[None, None, :], axis=1)

@@ -94,7 +94,7 @@ def recorded_experts(routing_LG: Routing, layout) -> jax.Array:
     with ``RoutingMode(record=True)``; E = nowhere. Dropped choices are among them: who is dropped is counted anew.
 
     Args:
-      layout: the :class:`moe_jax.nn.moe.GroupLayout` of the recorded call: ``GroupLayout(B, S, config)``.
+      layout: the :class:`moe_jax.nn.groups.GroupLayout` of the recorded call: ``GroupLayout(B, S, config)``.
     """
     layers = []
     for layer in range(routing_LG.expert_N.shape[0]):

@@ -10,9 +10,9 @@ from moe_jax.routing.limits import check_limits, choices_made, in_best_groups, t
 from moe_jax.routing.scores import SCORES, chance_above, learned_noise_std, rankable, shares, without_nan
 
 # Fields of MoEConfig that these routers read and others refuse.
-OPTIONS = ("score", "route_scale", "second_policy", "second_threshold", "second_in_queue", "num_groups", "groups_per_token",
-           "group_score", "priority", "padding", "importance_weight", "load_weight", "device_weight",
-           "communication_weight", "device_capacity_factor")
+OPTIONS = ("renormalize_after_drops", "score", "route_scale", "second_policy", "second_threshold", "second_in_queue",
+           "num_groups", "groups_per_token", "group_score", "priority", "padding", "importance_weight", "load_weight",
+           "device_weight", "communication_weight", "device_capacity_factor", "allow_untrained_router")
 
 
 def top_k(inputs: RouterInputs, moe: MoEConfig) -> Routing:
@@ -135,11 +135,19 @@ def load_over_all(clean_TE: jax.Array, noisy_TE: jax.Array, std_TE: jax.Array, c
 def check_top_k(moe: MoEConfig) -> None:
     """Refuses gate options that cannot work together."""
     normalised = moe.renormalize or moe.gate_order == "top_k_then_softmax"
-    if moe.experts_per_token == 1 and normalised:
+    if normalised and moe.renormalize_after_drops:
+        raise ConfigError("moe.renormalize_after_drops=True: the gates would be divided by their sum twice; set "
+                          "moe.renormalize=False and moe.gate_order='softmax_then_top_k', or it to False.")
+    normalised = normalised or moe.renormalize_after_drops
+    untrained = moe.experts_per_token == 1 and normalised
+    if untrained and not moe.allow_untrained_router:
         raise ConfigError(
             "moe.experts_per_token=1: with one expert per token a renormalised gate is always 1 and the router gets no "
             "gradient from the task (top_k_then_softmax renormalises too); set moe.renormalize=False and "
             "moe.gate_order='softmax_then_top_k', or use 2 experts per token.")
+    if moe.allow_untrained_router and not untrained:
+        raise ConfigError("moe.allow_untrained_router=True: has no effect: this router gets a gradient from the task; set it to "
+                          "False.")
     if moe.renormalize and moe.gate_order == "top_k_then_softmax":
         raise ConfigError("moe.renormalize=True: has no effect with moe.gate_order='top_k_then_softmax', whose gates "
                           "already sum to 1; set moe.renormalize=False.")

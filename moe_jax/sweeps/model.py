@@ -155,10 +155,16 @@ def evaluation_metrics(trained: TrainedModel) -> dict[str, float]:
     tokens_L = np.maximum(sums["tokens_L"], 1.0)
     fixed = trained.config.moe.experts_per_token if has_fixed_choices(trained.config.moe) and not trained.mode.router else None
     routing = routing_metrics({**sums, "entropy_L": sums["entropy_L"] / tokens_L, "confidence_L": sums["confidence_L"] / tokens_L,
-                               "valid_tokens": summary["tokens"], "layers": trained.config.moe_layers}, fixed)
+                               "valid_tokens": _routed_tokens(trained.config, sums, summary),
+                               "layers": trained.config.moe_layers}, fixed)
     metrics |= {name: routing[f"moe/{name}"] for name in _ROUTING}
     metrics["max_violation"] = float(np.mean(expert_load(sums["counts_LE"]).max(axis=1) - 1.0))
     return metrics
+
+
+def _routed_tokens(config: Config, sums: dict[str, Any], summary: dict[str, Any]) -> Any:
+    """How many tokens each layer routed; an encoder's others than a decoder's, of which the loss is."""
+    return sums["tokens_L"] if config.model.encoder_layers else summary["tokens"]
 
 
 def training_metrics(lines: list[dict[str, Any]]) -> dict[str, float]:

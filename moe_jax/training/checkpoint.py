@@ -19,8 +19,10 @@ import hashlib
 import json
 import logging
 import os
+import pathlib
 import re
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple, Sequence
 
 import jax
@@ -189,6 +191,40 @@ class Checkpointer:
         )
         self._finisher.start()
 
+    def save_slices(self, step: int, structure: dict[str, dict], metadata: dict,
+                    write: Callable[[pathlib.Path], None]) -> None:
+        """A step whose arrays the caller writes himself, for states that no memory holds; on disk when this returns.
+
+        Args:
+          structure: shape and dtype of every array by path, as :func:`moe_jax.training.named_arrays.to_arrays` has them.
+          write: fills the folder of the state (:class:`moe_jax.training.slices.SliceWriter`); one process, local folders.
+
+        Raises:
+          CheckpointError: it could not be written; nothing is left of it. Whatever else ``write`` raises.
+        """
+        self.wait()
+        staging = self._path(step, ".writing")
+        try:
+            (staging / STATE).mkdir(parents=True)
+            write(pathlib.Path(staging / STATE))
+            self._complete(staging, step, json.dumps(metadata, indent=1), structure)
+        except (OSError, ValueError) as error:
+            self._discard(staging)
+            if isinstance(error, UserError):
+                raise
+            raise self._save_error(step, error) from error
+        except BaseException:
+            self._discard(staging)
+            raise
+
+    def _complete(self, staging, step: int, metadata_text: str, structure: dict) -> None:
+        """Describes and hashes what lies there, and gives the step its final name."""
+        (staging / METADATA).write_text(metadata_text)
+        (staging / STRUCTURE).write_text(json.dumps({"format": FORMAT, "arrays": structure}, indent=1))
+        write_manifest(staging, step)
+        self._commit(step)
+        self._verified.add(step)
+
     def wait(self) -> None:
         """Returns once the last save is on disk under its final name, hashed.
 
@@ -223,11 +259,7 @@ class Checkpointer:
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                (staging / METADATA).write_text(metadata_text)
-                (staging / STRUCTURE).write_text(json.dumps({"format": FORMAT, "arrays": structure}, indent=1))
-                write_manifest(staging, step)
-                self._commit(step)
-                self._verified.add(step)
+                self._complete(staging, step, metadata_text, structure)
         except BaseException as error:  # handed to the training thread, which stops at its next save or wait
             self._failure = self._save_error(step, error)
             self._discard(staging)

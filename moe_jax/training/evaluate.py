@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import Config
-from moe_jax.nn.moe import GroupLayout, MoEStatistics, RoutingMode
+from moe_jax.models.decoder import of_stacks
+from moe_jax.nn.groups import GroupLayout
+from moe_jax.nn.moe import RoutingMode
 from moe_jax.sharding import batch_sharding, compiler_options, local_rows, over_groups
 from moe_jax.training import processes
 from moe_jax.training.losses import cross_entropy
-from moe_jax.training.step import Batch, check_statistics, forward, routing_sums, targets_of
+from moe_jax.training.step import Batch, Statistics, check_statistics, forward, routing_sums, targets_of
 
 
 def evaluation_sums(params: Any, batch: Batch, bias_LE: jax.Array, bytes_per_token_V: jax.Array, config: Config,
@@ -22,7 +24,8 @@ def evaluation_sums(params: Any, batch: Batch, bias_LE: jax.Array, bytes_per_tok
 
     Returns:
       ``ce_P, tokens_P, bytes_P`` of targets by domain, ``routing`` (:func:`moe_jax.training.step.routing_sums`), and for a MoE
-      ``choices_LS, kept_LS`` by position in the row and ``domain_counts_LPE``.
+      ``choices_LS, kept_LS`` by position in the row and ``domain_counts_LPE``. S is that of the longer rows of an
+      encoder–decoder; in the others nothing is chosen further on.
     """
     output = forward(config, vocab_size, params, batch, mode, bias_LE)
     check_statistics(config, output.statistics)
@@ -34,17 +37,31 @@ def evaluation_sums(params: Any, batch: Batch, bias_LE: jax.Array, bytes_per_tok
     by_domain = lambda value_BS: jnp.sum(jnp.where(is_domain_BSP, value_BS[:, :, None], 0), axis=(0, 1))
     sums = {"ce_P": by_domain(ce_BS), "tokens_P": by_domain(jnp.ones_like(ce_BS)),
             "bytes_P": by_domain(bytes_BS.astype(jnp.float32)), "routing": routing_sums(output.statistics)}
-    if output.statistics is not None:
+    if of_stacks(output.statistics):
         sums |= _where_tokens_went(output.statistics, batch, config, num_domains)
     return sums
 
 
-def _where_tokens_went(statistics: MoEStatistics, batch: Batch, config: Config, num_domains: int) -> dict[str, Any]:
+def _where_tokens_went(statistics: Statistics, batch: Batch, config: Config, num_domains: int) -> dict[str, Any]:
     """Choices and kept choices by position, and choices by domain and expert, of every layer."""
-    batch_size, length = batch["valid"].shape
+    if not isinstance(statistics, tuple):
+        parts = [_of_stack(statistics, batch["domain_ids"], config, num_domains)]
+    else:
+        domain_ids = (batch["encoder_domain_ids"], batch["domain_ids"])
+        parts = [_of_stack(part, ids, config, num_domains) for part, ids in zip(statistics, domain_ids) if part is not None]
+    longest = max(part[0].shape[1] for part in parts)
+    pad = lambda counts_LS: jnp.pad(counts_LS, ((0, 0), (0, longest - counts_LS.shape[1])))
+    choices_LS, kept_LS, domain_counts_LPE = (jnp.concatenate(leaves) for leaves in zip(
+        *((pad(choices), pad(kept), domains) for choices, kept, domains in parts)))
+    return {"choices_LS": choices_LS, "kept_LS": kept_LS, "domain_counts_LPE": domain_counts_LPE}
+
+
+def _of_stack(statistics, domain_ids_BS, config, num_domains):
+    """(choices_LS, kept_LS, domain_counts_LPE)."""
+    batch_size, length = domain_ids_BS.shape
     layout = GroupLayout(batch_size, length, config)
     position_BS = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], (batch_size, length))
-    position_GT, domain_GT = layout.split(position_BS), layout.split(batch["domain_ids"])
+    position_GT, domain_GT = layout.split(position_BS), layout.split(domain_ids_BS)
     num_experts = config.moe.num_routed_experts
 
     def group(routing, kept_N, position_T, domain_T):
@@ -57,11 +74,10 @@ def _where_tokens_went(statistics: MoEStatistics, batch: Batch, config: Config, 
                 jnp.zeros((num_domains, num_experts), jnp.float32).at[domain_N, routing.expert_N].add(1, mode="drop"))
 
     layers = []
-    for layer in range(len(config.moe_layers)):
+    for layer in range(statistics.kept_GE.shape[0]):
         routing_G, kept_GN = jax.tree.map(lambda leaf: leaf[layer], (statistics.routing_G, statistics.kept_GN))
         layers.append([jnp.sum(leaf, axis=0) for leaf in over_groups(group, routing_G, kept_GN, position_GT, domain_GT)])
-    choices_LS, kept_LS, domain_counts_LPE = (jnp.stack(leaves) for leaves in zip(*layers))
-    return {"choices_LS": choices_LS, "kept_LS": kept_LS, "domain_counts_LPE": domain_counts_LPE}
+    return tuple(jnp.stack(leaves) for leaves in zip(*layers))
 
 
 class Evaluator:
@@ -151,10 +167,15 @@ def routing_arrays(sums: dict[str, Any], capacity_sums: dict[str, Any], config: 
                    domains: list[str]) -> dict[str, np.ndarray]:
     """The arrays of ``routing/evaluation.npz`` (see ``analysis/report.py``; ``counts_LE``: ``analysis/placement.py``)."""
     choices_LS, kept_LS = capacity_sums["choices_LS"], capacity_sums["kept_LS"]
+    rate_LS = 1.0 - kept_LS / np.maximum(choices_LS, 1.0)
+    if config.model.encoder_layers:  # no rate where rows have ended
+        lengths = [config.data.sequence_length] * len(config.encoder_moe_layers)
+        lengths += [config.data.target_length] * len(config.decoder_moe_layers)
+        rate_LS = np.where(np.arange(rate_LS.shape[1])[None] < np.array(lengths)[:, None], rate_LS, np.nan)
     counts_PLE = np.moveaxis(sums["domain_counts_LPE"], 0, 1)
     shares_PLE = counts_PLE / np.maximum(counts_PLE.sum(-1, keepdims=True), 1.0)
     return {
-        "drop_rate_LS": 1.0 - kept_LS / np.maximum(choices_LS, 1.0),
+        "drop_rate_LS": rate_LS,
         "choices_at_position_S": choices_LS.sum(0).astype(np.int64),
         "domain_load_PLE": shares_PLE,
         "counts_LE": sums["counts_LE"].astype(np.int64),

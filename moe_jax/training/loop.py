@@ -3,10 +3,7 @@
 import json
 import logging
 import math
-import os
 import pathlib
-import signal
-import threading
 import time
 from typing import Any
 
@@ -27,6 +24,7 @@ from moe_jax.training.metrics import MetricsWriter, Progress, mfu, peak_flops_pe
 from moe_jax.training.run import (
     Run, check_workdir, evaluated_params, locked, open_run, record_config, require_equal_processes, restore, write_arrays,
     write_json)
+from moe_jax.training.signals import Interrupted, Signals
 from moe_jax.training.state import new_state
 from moe_jax.training.step import check_trainable, jitted_train_step
 
@@ -35,59 +33,6 @@ log = logging.getLogger("moe_jax")
 
 class NonFiniteError(UserError, RuntimeError):
     """Loss or gradient was not finite; the message says at which step and where the batch is recorded."""
-
-
-class Interrupted(SystemExit):
-    """SIGTERM or SIGINT: the run saved itself and ends with the signal's exit code."""
-
-
-class _Signals:
-    """SIGTERM and SIGINT: the first sets a flag that the loop polls; the second ends the process.
-
-    Until ``polling`` is set there is nothing to save, and the first one raises :class:`Interrupted` at once. A thread
-    listens, because Python runs handlers between two of its own instructions: not while XLA compiles or a device hangs.
-    """
-
-    def __init__(self):
-        self.received: int | None = None
-        self.polling = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self):
-        if threading.current_thread() is not threading.main_thread():  # a notebook's worker: signals stay as they are
-            return self
-        read_end, self._write_end = os.pipe()
-        os.set_blocking(self._write_end, False)
-        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._in_main_thread)
-        threading.Thread(target=self._listen, args=(read_end,), name="moe_jax-signals", daemon=True).start()
-        return self
-
-    def _in_main_thread(self, number, frame):
-        if not self.polling:
-            raise Interrupted(128 + number)
-
-    def _listen(self, read_end: int):
-        while received := os.read(read_end, 1):
-            number = received[0]
-            if number not in self._before:
-                continue
-            if self.received is not None:
-                os._exit(128 + number)
-            self.received = number
-            if self.polling:
-                processes.ask_to_stop(number)
-                log.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
-        os.close(read_end)
-
-    def __exit__(self, *exception):
-        if not self._before:
-            return
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._write_end)  # ends the thread
 
 
 def train(config: Config, workdir: str, allow_config_change: bool = False, finish: bool = True) -> pathlib.Path:
@@ -111,7 +56,7 @@ def train(config: Config, workdir: str, allow_config_change: bool = False, finis
     if processes.of_process_0("is the run complete", lambda: _is_there(path, config, report, allow_config_change)):
         log.info("The run in %s is complete (%d steps). Its report: %s", path, config.training.num_steps, report)
         return report
-    with locked(path), _Signals() as signals:
+    with locked(path), Signals() as signals:
         processes.require_shared(path)
         run = open_run(config, path)
         trainer = _Trainer(run, signals, started)
@@ -150,7 +95,7 @@ class _Trainer:
       saved_step, evaluated_step: the last one that was.
     """
 
-    def __init__(self, run: Run, signals: _Signals, started: float):
+    def __init__(self, run: Run, signals: Signals, started: float):
         self.run, self.signals, self.started = run, signals, started
         self.config = config = run.config
         processes.at("the start of training", processes.COMPILING)
@@ -392,13 +337,11 @@ class _Trainer:
             say_result(evaluation)
 
     def _samples(self) -> list[dict[str, str]]:
-        from moe_jax.inference.generate import generate
-        vocabulary, training = self.run.data.vocabulary, self.config.training
-        prompts = training.sample_prompts.split("|")
-        ids = generate(evaluated_params(self.state), self.config, self.run.vocab_size,
-                       [np.asarray(vocabulary.encode(prompt)).tolist() for prompt in prompts], training.sample_length,
-                       bias_LE=self.state["router_bias_LE"], eos_id=vocabulary.eos_id, used_ids=vocabulary.vocab_size)
-        return [{"prompt": prompt, "text": vocabulary.decode(sample)} for prompt, sample in zip(prompts, ids)]
+        from moe_jax.inference.generate import generate_texts
+        prompts = self.config.training.sample_prompts.split("|")
+        texts = generate_texts(evaluated_params(self.state), self.config, self.run.vocab_size, self.run.data.vocabulary, prompts,
+                               self.config.training.sample_length, bias_LE=self.state["router_bias_LE"])
+        return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
 
 
 class _Window:
@@ -492,9 +435,10 @@ def final_evaluation(trainer: _Trainer) -> tuple[dict[str, Any], dict[str, np.nd
 
 
 def baselines(trainer: _Trainer, summary: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Unigram and bigram models of the same training text on the same validation targets; {} when streaming."""
+    """Unigram and bigram models of the same training text on the same validation targets; {} when streaming, and of an
+    encoder–decoder, whose targets are no running text."""
     data = trainer.run.data
-    if data.store is None:
+    if data.store is None or trainer.config.model.encoder_layers:
         return {}
     losses = ngram_losses(data.store.splits["train"], trainer.batches(), data.vocabulary.vocab_size)
     per_byte = summary["tokens"] / summary["bytes"] / math.log(2) if summary["bytes"] else None

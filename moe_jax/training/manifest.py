@@ -15,7 +15,7 @@ from typing import Any
 FORMAT = 1
 MANIFEST = "manifest.json"
 
-_HASH_BLOCK = 1 << 22
+_HASH_BLOCK = 1 << 20
 
 
 def _canonical(manifest: dict) -> bytes:

@@ -59,4 +59,4 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 def _decayed(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key != "scale_D" and not path[-1].key.startswith("b_"), parameters)
+        lambda path, _: not path[-1].key.startswith(("scale_", "bias_", "b_", "sink_")), parameters)

@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_jax.config import Config, ConfigError, resolve
 from moe_jax.dispatch.placement import Placement
-from moe_jax.models.decoder import moe_layer_paths
+from moe_jax.models.decoder import is_stacked, moe_layer_paths
 from moe_jax.routing import ROUTERS
 from moe_jax.training.checkpoint import Checkpointer
 from moe_jax.training.metrics import read_metrics
@@ -107,7 +107,7 @@ def _renumbered_array(path: str, leaf: Any, shapes: dict[str, tuple[int, ...]], 
     value, place = np.asarray(leaf), axes.index(axis)
     # All that the router scores, or those that have weights.
     orders = [order[letter][layer][:shape[axis]] for layer in layers]
-    if not where.startswith("body/"):
+    if not is_stacked(where):
         return np.take(value, orders[0], axis=place)
     if 0 not in axes:
         raise RunError(f"{path} is one array for all layers, whose experts would change places differently; train with "
@@ -192,7 +192,7 @@ def with_copies(params: Any, config: Config, placement: Placement) -> Any:
         layer = params
         for part in where.split("/"):
             layer = layer[int(part) if part.isdecimal() else part]
-        here = slice(None) if where.startswith("body/") else 0  # stacked over layers, or of one
+        here = slice(None) if is_stacked(where) else 0  # stacked over layers, or of one
         expert_P, layer["copies_EJ"] = placement.expert_LP[list(layers)][here], copies_LEJ[list(layers)][here]
         take = lambda leaf, expert_P=expert_P: (
             leaf[expert_P] if expert_P.ndim == 1 else np.stack([row[order] for row, order in zip(leaf, expert_P)]))

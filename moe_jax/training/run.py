@@ -20,7 +20,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from moe_jax import files
-from moe_jax.config import Config, ConfigError, differences
+from moe_jax.config import Config, ConfigError, differences, with_defaults
 from moe_jax.data.batches import Data, join_rows, open_data
 from moe_jax.errors import UserError
 from moe_jax.nn.moe import dispatcher_of
@@ -114,7 +114,7 @@ def check_workdir(workdir: pathlib.Path, config: Config, allow_config_change: bo
     """
     if not (workdir / "config.json").exists():
         return
-    changed = differences(read_config(workdir), config.to_dict())
+    changed = differences(with_defaults(read_config(workdir)), config.to_dict())
     if changed and not allow_config_change:
         shown = "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
         raise RunError(f"{workdir} belongs to a run with another config ({shown}). Choose another --workdir, or "
@@ -227,7 +227,7 @@ def restore(run: Run, checkpointer: Checkpointer) -> Restored | None:
       CheckpointError: none is good, it does not fit the model, or it was trained on other data.
     """
     restored = checkpointer.restore(run.abstract_state())
-    if restored is not None and restored.metadata["data_fingerprint"] != run.data.fingerprint:
+    if restored is not None and restored.metadata["data_fingerprint"] not in (None, run.data.fingerprint):
         raise CheckpointError(
             f"The checkpoint of step {restored.step} in {run.checkpoints} was trained on other data or another order of "
             f"it (the corpus, vocabulary, batch shape or data.seed changed); its data position means nothing here. "
@@ -260,7 +260,8 @@ def restore_params(run: Run, abstract: TrainState | None = None, step: int | Non
             f"The checkpoint of step {restored.step} in {run.checkpoints} was trained with another vocabulary than "
             f"{run.config.data.vocabulary!r} is now (the corpus it was trained on has changed, or its file); token ids "
             f"would mean other text. Put the old corpus or vocabulary file back.")
-    if restored.metadata["data_fingerprint"] != run.data.fingerprint:
+    # None: of a converted checkpoint, of whose training nothing is known.
+    if restored.metadata["data_fingerprint"] not in (None, run.data.fingerprint):
         log.warning("the corpus is not the one of training: held-out text may have been trained on")
     return restored.state[name], restored.state["router_bias_LE"], restored.step
 

@@ -11,6 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from moe_jax.config import Config, ConfigError
 from moe_jax.models.decoder import Decoder
+from moe_jax.models.encoder_decoder import EncoderDecoder
+from moe_jax.models.lstm import LSTMModel
 from moe_jax.routing.policy import keeps_running_mean
 from moe_jax.sharding import parameter_spec
 from moe_jax.training.optimizer import make_optimizer
@@ -38,15 +40,24 @@ def table_size(config: Config, vocab_size: int) -> int:
     return wanted
 
 
+# By model.architecture.
+_MODELS = {"transformer": Decoder, "lstm": LSTMModel}
+
+
+def model_class(config: Config) -> type[nnx.Module]:
+    """The class of the config's model, made of (config, vocab_size, rngs)."""
+    return EncoderDecoder if config.model.encoder_layers else _MODELS[config.model.architecture]
+
+
 @functools.lru_cache(maxsize=None)
 def model_graph(config: Config, vocab_size: int) -> nnx.GraphDef:
     """The model without its parameters; ``nnx.merge(graph, params)`` gives a callable model."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, vocab_size, nnx.Rngs(params=0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: model_class(config)(config, vocab_size, nnx.Rngs(params=0))))[0]
 
 
 def initial_params(config: Config, vocab_size: int, key: jax.Array) -> dict[str, Any]:
     """Fresh fp32 parameters; the same for the same key on any mesh (R12)."""
-    model = Decoder(config, vocab_size, nnx.Rngs(params=key))
+    model = model_class(config)(config, vocab_size, nnx.Rngs(params=key))
     return nnx.split(model)[1].to_pure_dict()
 
 

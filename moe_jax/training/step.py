@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import Config, ConfigError
-from moe_jax.models.decoder import Output
+from moe_jax.models.decoder import Output, of_stacks
+from moe_jax.models.encoder_decoder import Given
 from moe_jax.nn.moe import MoEStatistics, RoutingMode
 from moe_jax.nn.multi_token import ahead, sees_ahead
 from moe_jax.routing import ROUTERS
@@ -29,6 +30,9 @@ def forward(config: Config, vocab_size: int, params: Any, batch: Batch, mode: Ro
             key: jax.Array | None = None, further: bool = False) -> Output:
     """The model on a batch as ``moe_jax.data.batches`` makes it; ``further``: with multi-token prediction, if it has any."""
     model = nnx.merge(model_graph(config, vocab_size), params)
+    if config.model.encoder_layers:
+        return model(batch["input_ids"], batch["positions"], batch["segment_ids"], batch["valid"], mode, bias_LE, key,
+                     given=Given.of(batch))
     return model(batch["input_ids"], batch["positions"], batch["segment_ids"], batch["valid"], mode, bias_LE, key,
                  in_prefix_BS=batch.get("in_prefix"),
                  next_ids_BS=batch["target_ids"] if further and config.model.mtp_depth else None)
@@ -47,29 +51,35 @@ def further_targets_of(batch: Batch, depth: int) -> tuple[jax.Array, jax.Array, 
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=(), data_fields=("tokens", "targets", "further_tokens_D",
-                                                                                  "further_targets_D"))
+                                                                                  "further_targets_D", "given"))
 @dataclasses.dataclass(frozen=True)
 class Totals:
     """Of the global batch, fp32: what losses are divided by. Valid tokens and targets; the same by depth of multi-token
-    prediction, ``[D]``, None without."""
+    prediction, ``[D]``, None without; valid tokens of an encoder, None without."""
 
     tokens: jax.Array
     targets: jax.Array
     further_tokens_D: jax.Array | None = None
     further_targets_D: jax.Array | None = None
+    given: jax.Array | None = None
 
     @classmethod
     def of(cls, config: Config, batch: Batch) -> "Totals":
         count = lambda mask_BS: jnp.sum(mask_BS, dtype=jnp.float32)
         tokens = count(batch["valid"])
         targets = count(batch["is_target"]) if "is_target" in batch else tokens
+        if config.model.encoder_layers:
+            return cls(tokens, targets, given=count(batch["encoder_valid"]))
         depths = [further_targets_of(batch, depth)[1:] for depth in range(1, config.model.mtp_depth + 1)]
         if not depths:
             return cls(tokens, targets)
         return cls(tokens, targets, *(jnp.stack([count(mask_BS) for mask_BS in masks]) for masks in zip(*depths)))
 
     def routed(self, config: Config) -> jax.Array:
-        """Tokens that MoE layers route: of all layers alike, or, with those of multi-token prediction, of each, ``[L]``."""
+        """Tokens that MoE layers route: of all layers alike, or, with those of multi-token prediction or of an encoder, of each,
+        ``[L]``."""
+        if config.model.encoder_layers:
+            return self._routed_by_stack(config)
         if config.moe.padding != "nowhere":
             return jnp.float32(config.tokens_per_step)
         further = len(config.trained_moe_layers) - len(config.moe_layers)
@@ -78,10 +88,23 @@ class Totals:
         return jnp.concatenate([jnp.broadcast_to(self.tokens, (len(config.moe_layers),)), self.further_tokens_D])
 
 
-def check_statistics(config: Config, statistics: MoEStatistics | None, training: bool = False) -> None:
+    def _routed_by_stack(self, config):
+        given, written = self.given, self.tokens
+        if config.moe.padding != "nowhere":
+            data = config.data
+            given, written = (jnp.float32(data.batch_size * length) for length in (data.sequence_length, data.target_length))
+        counts = (given, config.encoder_moe_layers), (written, config.decoder_moe_layers)
+        return jnp.concatenate([jnp.broadcast_to(count, (len(layers),)) for count, layers in counts])
+
+
+# ``Output.statistics``.
+Statistics = MoEStatistics | tuple[MoEStatistics | None, ...] | None
+
+
+def check_statistics(config: Config, statistics: Statistics, training: bool = False) -> None:
     """Refuses to go on unless every MoE layer handed in its statistics (B08: losses lost under scan), in ``training`` also
     those of multi-token prediction."""
-    found, layers = 0 if statistics is None else statistics.kept_GE.shape[0], config.moe_layers
+    found, layers = sum(part.kept_GE.shape[0] for part in of_stacks(statistics)), config.moe_layers
     if training:
         layers = config.trained_moe_layers
     if found != len(layers):
@@ -89,7 +112,7 @@ def check_statistics(config: Config, statistics: MoEStatistics | None, training:
                            f"layers {layers}; their balancing losses would be missing")
 
 
-def routing_losses(config: Config, statistics: MoEStatistics | None, total_tokens: jax.Array,
+def routing_losses(config: Config, statistics: Statistics, total_tokens: jax.Array,
                    global_counts: Any = None) -> tuple[jax.Array, jax.Array]:
     """(balance, router z), each the mean over MoE layers, before their weights; 0 for a dense model.
 
@@ -100,7 +123,7 @@ def routing_losses(config: Config, statistics: MoEStatistics | None, total_token
       global_counts: statistics pooled over the global batch; None: each microbatch's own.
     """
     check_statistics(config, statistics, training=True)
-    if statistics is None:
+    if not of_stacks(statistics):
         return jnp.zeros(()), jnp.zeros(())
     balance = lambda s, total, *counts: balance_loss(s, config.moe, total, *counts)
     balance_L = _over_layers(balance, statistics, total_tokens, global_counts)
@@ -110,16 +133,22 @@ def routing_losses(config: Config, statistics: MoEStatistics | None, total_token
 
 def _over_layers(loss, statistics, total_tokens, global_counts=None):
     """``loss(statistics, total[, counts])`` of each layer, ``[L]``."""
-    layers = (statistics.router,) if global_counts is None else (statistics.router, global_counts)
-    if jnp.ndim(total_tokens) == 0:
-        return jax.vmap(lambda s, *counts: loss(s, total_tokens, *counts))(*layers)
-    return jax.vmap(lambda total, s, *counts: loss(s, total, *counts))(total_tokens, *layers)
+    parts, first = [], 0
+    for part in of_stacks(statistics):
+        here = slice(first, first + part.kept_GE.shape[0])
+        whole = () if global_counts is None else (jax.tree.map(lambda leaf: leaf[here], global_counts),)
+        if jnp.ndim(total_tokens) == 0:
+            parts.append(jax.vmap(lambda s, *counts: loss(s, total_tokens, *counts))(part.router, *whole))
+        else:
+            parts.append(jax.vmap(lambda total, s, *counts: loss(s, total, *counts))(total_tokens[here], part.router, *whole))
+        first = here.stop
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def extra_losses(config: Config, statistics: MoEStatistics | None, total_tokens: jax.Array,
+def extra_losses(config: Config, statistics: Statistics, total_tokens: jax.Array,
                  global_counts: Any = None) -> dict[str, jax.Array]:
     """The extra balancing losses that have a weight, each the mean over MoE layers, before their weights."""
-    if statistics is None:
+    if not of_stacks(statistics):
         return {}
     loss = lambda name: lambda s, total, *counts: extra_loss(name, s, config.moe, total, *counts)
     return {name: jnp.mean(_over_layers(loss(name), statistics, total_tokens, global_counts))
@@ -181,10 +210,15 @@ def _further_loss(logits, batch, totals):
     return sum(losses) / len(losses)
 
 
-def routing_sums(statistics: MoEStatistics | None) -> dict[str, jax.Array]:
+def routing_sums(statistics: Statistics) -> dict[str, jax.Array]:
     """Per-layer sums over groups, without gradient; add them over microbatches (``logit_max_L``: take the maximum)."""
-    if statistics is None:
-        return {}
+    parts = [_routing_sums(part) for part in of_stacks(statistics)]
+    if len(parts) < 2:
+        return parts[0] if parts else {}
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def _routing_sums(statistics):
     router = statistics.router
     sums = {"counts_LE": router.choices_E, "first_LE": router.first_choices_E, "kept_LE": statistics.kept_GE,
             "entropy_L": router.entropy, "confidence_L": router.confidence, "tokens_L": router.tokens}
@@ -258,17 +292,24 @@ def _global_counts(params, config, vocab_size, parts, bias_LE, keys):
     def step(_, scanned):
         part, key = scanned
         output = forward(config, vocab_size, params, part, RoutingMode.training(config), bias_LE, key, further=True)
-        return None, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=1), output.statistics.router)
+        pooled = [jax.tree.map(lambda leaf: jnp.sum(leaf, axis=1), part.router) for part in of_stacks(output.statistics)]
+        return None, pooled[0] if len(pooled) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pooled)
 
     _, pooled = jax.lax.scan(step, None, (parts, keys))
     return jax.lax.stop_gradient(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), pooled))
 
 
 def check_trainable(config: Config) -> None:
-    """Refuses, with ConfigError, copies of experts: each would get the gradients of its own tokens only."""
+    """Refuses, with ConfigError, copies of experts, each of which would get the gradients of its own tokens only, and a router
+    that would get none (B23)."""
     if config.moe.expert_copies:
         raise ConfigError(f"moe.expert_copies={config.moe.expert_copies}: copies of experts are for evaluation and generation "
                           f"(moe-jax eval --placement=…); in training they would grow apart. Set it to 0.")
+    if config.moe.allow_untrained_router:
+        raise ConfigError("moe.allow_untrained_router=True: with one expert per token and a gate that is always 1 the router gets no "
+                          "gradient from the task, so that such a model is for evaluation and generation. To train it, let gates be "
+                          "scores: moe.allow_untrained_router=False, moe.renormalize=False, "
+                          "moe.gate_order='softmax_then_top_k'.")
 
 
 def train_step(state: TrainState, batch: Batch, config: Config, vocab_size: int) -> tuple[TrainState, dict[str, Any]]:
@@ -280,8 +321,9 @@ def train_step(state: TrainState, batch: Batch, config: Config, vocab_size: int)
 
     Returns:
       The new state, and metrics: ``sums`` (loss parts), ``routing`` (see :func:`routing_sums`), ``grad_norm``,
-      ``router_grad_norm``, ``learning_rate``, ``tokens`` (valid ones), ``applied`` (bool), and ``targets`` where not every
-      token is one, ``routed_tokens_L`` where not all layers route all (multi-token prediction).
+      ``router_grad_norm``, ``learning_rate``, ``tokens`` (valid ones, of encoder and decoder), ``applied`` (bool), and
+      ``targets`` where not every token is one, ``routed_tokens_L`` where not all layers route all (multi-token prediction,
+      an encoder).
     """
     check_trainable(config)
     key = jax.random.fold_in(state["rng"], state["step"] + state["skipped"])
@@ -300,13 +342,15 @@ def train_step(state: TrainState, batch: Batch, config: Config, vocab_size: int)
     metrics |= {
         "grad_norm": grad_norm,
         "router_grad_norm": optax.global_norm([leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
-                                               if path[-1].key.startswith("w_router")]),
+                                               if path[-1].key.startswith(("w_router", "b_router"))]),
         "learning_rate": schedule(config.optimizer, config.training.num_steps)(state["step"]),
         "tokens": jnp.sum(batch["valid"], dtype=jnp.float32),
         "applied": applied,
     }
     totals = Totals.of(config, batch)
-    if "is_target" in batch:
+    if totals.given is not None:
+        metrics["tokens"] += totals.given
+    if "is_target" in batch or totals.given is not None:
         metrics["targets"] = totals.targets
     if jnp.ndim(totals.routed(config)):
         metrics["routed_tokens_L"] = totals.routed(config)

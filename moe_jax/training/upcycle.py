@@ -17,7 +17,8 @@ import optax
 
 from moe_jax.config import Config, ConfigError, resolve
 from moe_jax.data.batches import open_data
-from moe_jax.models.decoder import layer_paths
+from moe_jax.models.decoder import is_stacked, layer_paths
+from moe_jax.nn.activations import CLAMP
 from moe_jax.sharding import AXES, make_mesh
 from moe_jax.training.checkpoint import Checkpointer, CheckpointError
 from moe_jax.training.named_arrays import flatten
@@ -62,17 +63,26 @@ def check_upcyclable(dense: Config, config: Config) -> None:
       ConfigError: with the setting and the reason.
     """
     model, moe = dense.model, config.moe
+    for name, one in (("the dense run's", dense), ("the new", config)):
+        if one.model.architecture == "lstm":
+            raise ConfigError(f"model.architecture='lstm': {name} model is an LSTM, whose layers have no feed-forward network that "
+                              f"experts could be copies of; upcycling is for transformers.")
     if dense.moe_layers:
         raise ConfigError(f"moe.num_experts={dense.moe.num_experts}: the run to start from is a mixture of experts already; "
                           f"upcycling starts from a dense one (moe.num_experts=0).")
     if not config.moe_layers:
         raise ConfigError("moe.num_experts=0: the new config is dense; set it to the number of copies of each "
                           "feed-forward network.")
-    for field in dataclasses.fields(model):
-        old, new = getattr(model, field.name), getattr(config.model, field.name)
-        if field.name not in _FREE and old != new:
-            raise ConfigError(f"model.{field.name}={new!r}: the dense run was trained with {old!r}, and its weights are "
-                              f"copied; set it to that.")
+    # Where all networks become experts, biases are theirs alone.
+    free = _FREE if config.has_dense_networks else (*_FREE, "mlp_bias")
+    for section, before, after in (("model", model, config.model), ("attention", dense.attention, config.attention)):
+        for field in dataclasses.fields(before):
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            if old != new and (section != "model" or field.name not in free):
+                raise ConfigError(f"{section}.{field.name}={new!r}: the dense run was trained with {old!r}, and its weights are "
+                                  f"copied; set it to that.")
+    if model.mlp_bias and not moe.expert_bias:
+        raise ConfigError("moe.expert_bias=False: the copied networks have biases (model.mlp_bias); set it to True.")
     if moe.expert_widths:
         raise ConfigError(f"moe.expert_widths={moe.expert_widths!r}: each expert is a copy of a dense feed-forward network, so all "
                           f"are as wide as it; set it to '' and moe.d_ff={model.d_ff}.")
@@ -83,6 +93,9 @@ def check_upcyclable(dense: Config, config: Config) -> None:
     if moe.activation != model.activation:
         raise ConfigError(f"moe.activation={moe.activation!r}: the copied networks were trained with {model.activation!r}; set "
                           f"it to that.")
+    if moe.activation == "swiglu_clamped" and (moe.activation_limit, moe.activation_alpha) != CLAMP:
+        raise ConfigError(f"moe.activation_limit={moe.activation_limit}, moe.activation_alpha={moe.activation_alpha}: the copied "
+                          f"networks were trained with {CLAMP[0]} and {CLAMP[1]}; set them to that.")
     beside = {"num_shared_experts": 0, "residual_ffn": "none", "num_identity_experts": 0, "num_zero_experts": 0,
               "num_constant_experts": 0, "expert_copies": 0}
     for name, none in beside.items():
@@ -100,6 +113,8 @@ class _Source:
 
     def __init__(self, dense: dict[str, Any], dense_config: Config, config: Config):
         self.dense, self.config, self.layers = dense, config, layer_paths(config)
+        # Biases of experts are new, and 0, where the networks have none.
+        self.copied = re.compile(rf"moe/experts/([{'wb' if dense_config.model.mlp_bias else 'w'}]_\w+)_E(\w+)")
         self.places = {layer: (where, row) for where, layers in layer_paths(dense_config).items()
                        for row, layer in enumerate(layers)}
 
@@ -113,7 +128,7 @@ class _Source:
         if where is None:
             return np.asarray(self.dense[path])
         head, name = path.split(f"{where}/", 1)
-        is_expert = re.fullmatch(r"moe/experts/(w_\w+)_E(\w+)", name)
+        is_expert = self.copied.fullmatch(name)
         if name.startswith("moe/") and not is_expert:
             return None
         if is_expert:
@@ -121,12 +136,12 @@ class _Source:
         rows = [self._row(head, layer, name) for layer in self.layers[where]]
         if is_expert:
             rows = [np.broadcast_to(row, (self.config.moe.num_experts, *row.shape)) for row in rows]
-        return np.stack(rows) if where.startswith("body/") else np.array(rows[0])
+        return np.stack(rows) if is_stacked(where) else np.array(rows[0])
 
     def _row(self, head: str, layer: int, name: str) -> np.ndarray:
         where, row = self.places[layer]
         array = np.asarray(self.dense[f"{head}{where}/{name}"])
-        return array[row] if where.startswith("body/") else array
+        return array[row] if is_stacked(where) else array
 
 
 def upcycled(dense: TrainState, dense_config: Config, config: Config, vocab_size: int,
