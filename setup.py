@@ -43,6 +43,7 @@ DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.6",
+    "tokenizers>=0.20",  # texts of imported models
 ]
 
 setup(
@@ -65,7 +66,7 @@ setup(
         "tokamax": ["tokamax>=0.0.12"],  # kernels for moe.grouped_matmul="tokamax", on GPUs above all
         "data": DATA,
         # tokenizers: the text of imported models. The others: only for comparing imported checkpoints, and speed, with the
-        # original implementation. No test needs any of them.
+        # original implementation; no test needs them.
         "hf": ["safetensors>=0.4", "tokenizers>=0.20", "torch", "transformers>=5"],
         "dev": DEV,
     },

@@ -66,7 +66,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
 @pytest.fixture
 def tokenizer_file(tmp_path):
     """Bytes, the pair 'th', and a special token, with the settings of a model beside it."""
-    tokenizers = pytest.importorskip("tokenizers", reason="pip install 'moe_jax[hf]'")
+    tokenizers = pytest.importorskip("tokenizers")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*alphabet, "th"])}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("t", "h")]))

@@ -113,7 +113,7 @@ class TokenizerVocabulary(_ImportedIds):
             import tokenizers
         except ImportError:
             raise VocabularyError(f"data.vocabulary='{TOKENIZER}{path}': the library tokenizers is not installed; "
-                                  "pip install 'moe_jax[hf]'") from None
+                                  "pip install tokenizers (the extra hf has it too)") from None
         try:
             with open(path, "rb") as file:
                 content = file.read()

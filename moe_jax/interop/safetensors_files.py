@@ -1,6 +1,7 @@
 """Safetensors files: eight bytes of length, a JSON header, the numbers. One file, or shards with an index.
 
-Tensors are read one by one, and written one by one into files whose places are laid out before.
+Tensors are read one by one, and written one by one into files whose places are laid out before: the library ``safetensors``
+writes a file from tensors that are all in memory.
 """
 
 import dataclasses
