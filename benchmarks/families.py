@@ -2,7 +2,7 @@
 
     python -m benchmarks.families                                # forward, training step and decoding of every tiny preset
     python -m benchmarks.families --families=mixtral,deepseek_v3
-    python -m benchmarks.families --transformers                 # MoE blocks; needs pip install '.[hf]'
+    python -m benchmarks.families --transformers                 # MoE blocks; needs pip install 'moe_jax[hf]'
 
 Presets are timed beside a plain matrix product, blocks beside the same block of transformers with its default implementation of
 experts, both by turns in one process. What the fields mean: benchmarks/README.md.
@@ -200,7 +200,7 @@ class TorchBlock:
             import transformers
         except ImportError as error:
             raise SystemExit("families: error: --transformers needs torch and transformers: "
-                             "pip install '.[hf]'") from error
+                             "pip install 'moe_jax[hf]'") from error
         import numpy as np
 
         if int(transformers.__version__.split(".")[0]) < 5:
