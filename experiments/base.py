@@ -33,5 +33,5 @@ SCALES = {
                        # Every expert on every token: the smallest program.
                        "moe.eval_dispatch": "reference"}),
     "quick": Scale(3, {"training.num_steps": 500}),
-    "full": Scale(5, {"training.num_steps": 1500}),
+    "full": Scale(5, {"training.num_steps": 1000}),
 }

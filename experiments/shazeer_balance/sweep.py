@@ -93,6 +93,6 @@ SWEEP = Sweep(
                            "optimizer.warmup_steps": 2, "training.num_steps": 6, "training.eval_batches": 2,
                            "training.log_every": 1, "training.checkpoint_every": 6, "moe.eval_dispatch": "reference"}),
         "quick": Scale(3, {"training.num_steps": 500}),
-        "full": Scale(5, {"training.num_steps": 1500}),
+        "full": Scale(5, {"training.num_steps": 1000}),
     },
 )
