@@ -18,6 +18,7 @@ from experiments.base import SCALES, get_config
 from moe_jax.sweeps import Continue, Evaluate, Scale, Sweep, Upcycle, equal, falls, jobs, minus, reported, rises, runner
 from moe_jax.sweeps.command import _seeds, Request
 from moe_jax.sweeps.definition import Order, SweepError, label, load_sweep
+from moe_jax.sweeps.figure import draw
 from moe_jax.sweeps.progress import Display
 from moe_jax.sweeps.results import Key, finished, identity, metrics_of, read_result, write_result
 from moe_jax.sweeps.scoreboard import experiments, write_scoreboard
@@ -336,6 +337,17 @@ def test_a_run_goes_on_in_the_directory_where_it_was_interrupted(monkeypatch, tm
 
 
 # Tables.
+
+
+def test_curves_are_of_differences_where_arms_have_the_same_steps():
+    curves = lambda *steps: {seed: {"metrics": {"ce": 2.0}, "curve": {"step": list(steps), "train/ce": [3.0 - seed] * len(steps)}}
+                             for seed in (0, 1)}
+    ours = sweep({"a": {}, "b": {}})
+    panel = lambda **results: draw(ours, "quick", results, ()).subfigs[0].axes[0]
+    same, apart = panel(a=curves(1, 2), b=curves(1, 2)), panel(a=curves(1, 2), b=curves(3, 4, 5))
+    assert [line.get_ydata().tolist() for line in same.lines] == [[0.0], [0.0]] and "less that of a" in same.get_title("left")
+    assert [line.get_ydata().tolist() for line in apart.lines] == [[2.5], [2.5]]  # means over seeds, smoothed to one point
+    assert [line.get_xdata().tolist() for line in apart.lines] == [[2], [5]] and apart.get_title("left") == "training loss, smoothed"
 
 
 def test_the_table_has_means_spreads_and_the_papers_figures():

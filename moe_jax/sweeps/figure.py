@@ -48,21 +48,27 @@ def draw(sweep: Sweep, scale: str, results: Results, comparisons: Sequence[Compa
 
 
 def _draw_curves(axis: Any, results: Results, colours: Mapping[str, Any]) -> None:
-    """Training loss less that of the first arm: with the same seed they see the same batches, whose noise so cancels."""
+    """Training loss less that of the first arm: with the same seed they see the same batches, whose noise so cancels. Where no
+    other arm has its steps, because each goes on from another one's, the losses themselves."""
     curves = {arm: {seed: result["curve"] for seed, result in each.items() if result["curve"].get("step")}
               for arm, each in results.items()}
-    first = next((arm for arm, each in curves.items() if each), None)
-    for arm, each in curves.items():
-        differences = [np.subtract(curve["train/ce"], curves[first][seed]["train/ce"]) for seed, curve in each.items()
-                       if seed in curves[first] and curve["step"] == curves[first][seed]["step"]]
-        if differences:
-            steps = next(iter(each.values()))["step"]
-            size = min(_SMOOTHED, len(steps))
-            mean = np.convolve(np.mean(differences, axis=0), np.ones(size) / size, "valid")
-            axis.plot(steps[size - 1 :], mean, color=colours[arm], linewidth=1.4)
+    curves = {arm: each for arm, each in curves.items() if each}
+    first = next(iter(curves), None)
+    beside = {arm: {seed: np.subtract(curve["train/ce"], curves[first][seed]["train/ce"]) for seed, curve in each.items()
+                    if seed in curves[first] and curve["step"] == curves[first][seed]["step"]} for arm, each in curves.items()}
+    drawn, title = {arm: each for arm, each in beside.items() if each}, f"training loss less that of {first}, smoothed"
+    if len(drawn) < 2 <= len(curves):
+        drawn = {arm: {seed: curve["train/ce"] for seed, curve in each.items()} for arm, each in curves.items()}
+        title = "training loss, smoothed"
+    for arm, each in drawn.items():
+        steps = curves[arm][next(iter(each))]["step"]
+        alike = [values for seed, values in each.items() if curves[arm][seed]["step"] == steps]
+        size = min(_SMOOTHED, len(steps))
+        mean = np.convolve(np.mean(alike, axis=0), np.ones(size) / size, "valid")
+        axis.plot(steps[size - 1 :], mean, color=colours[arm], linewidth=1.4)
     axis.set_xlabel("step")
     axis.set_ylabel("nats per token", fontsize=9)
-    panel_title(axis, textwrap.fill(f"training loss less that of {first}, smoothed", 40) if first else "no arm was trained")
+    panel_title(axis, textwrap.fill(title, 40) if first else "no arm was trained")
 
 
 def _draw_runs(axis: Any, metric: str, results: Results, colours: Mapping[str, Any]) -> None:
