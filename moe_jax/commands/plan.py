@@ -33,10 +33,10 @@ def prepare(arguments) -> None:
 
 
 def run(arguments, overrides) -> int:
-    from moe_jax.config import load_config
+    from moe_jax.config import is_named, load_config
     from moe_jax.planning import command
 
-    named = not pathlib.Path(arguments.config).is_file()
+    named = is_named(arguments.config)
     request = command.Request(
         name=arguments.config if named else pathlib.Path(arguments.config).stem, slice=arguments.slice, mesh=arguments.mesh,
         step=arguments.step, batch=arguments.batch, context=arguments.context, search=arguments.search,

@@ -8,7 +8,7 @@ constraint and the nearest legal values.
 
 from moe_jax.config.attention import AttentionConfig, LayerAttention
 from moe_jax.config.checks import ConfigError, nearest_divisors, nearest_multiples
-from moe_jax.config.files import load_config, parse_override
+from moe_jax.config.files import is_named, load_config, parse_override
 from moe_jax.config.moe import MoEConfig
 from moe_jax.config.reading import SECTIONS, differences, known_keys, resolve, unknown_key, with_defaults
 from moe_jax.config.run import Config
@@ -16,6 +16,6 @@ from moe_jax.config.sections import (
     ACTIVATIONS, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig)
 
 __all__ = ["ACTIVATIONS", "SECTIONS", "AttentionConfig", "Config", "ConfigError", "DataConfig", "LayerAttention",
-           "MeshConfig", "MoEConfig", "ModelConfig", "OptimizerConfig", "TrainingConfig", "differences", "known_keys",
-           "load_config", "nearest_divisors", "nearest_multiples", "parse_override", "resolve", "unknown_key",
+           "MeshConfig", "MoEConfig", "ModelConfig", "OptimizerConfig", "TrainingConfig", "differences", "is_named",
+           "known_keys", "load_config", "nearest_divisors", "nearest_multiples", "parse_override", "resolve", "unknown_key",
            "with_defaults"]

@@ -9,6 +9,14 @@ from moe_jax.config.reading import SECTIONS, known_keys, resolve, unknown_key
 from moe_jax.config.run import Config
 
 
+def is_named(path: str) -> bool:
+    """Whether ``--config`` names a model, family and size, and no file."""
+    # Imported here because rows of that table are checked by this package.
+    from moe_jax.models import families
+
+    return families.is_name(path) and not pathlib.Path(path).exists()
+
+
 def load_config(path: str, overrides: list[str]) -> Config:
     """A config file, or a model by family and size (``mixtral:8x7b``: :func:`moe_jax.models.families.run_settings`), with
     ``--config.section.name=value`` overrides, resolved and checked.
@@ -18,10 +26,9 @@ def load_config(path: str, overrides: list[str]) -> Config:
     """
     from absl import flags
     from ml_collections import ConfigDict, config_flags
-    # Imported here because rows of that table are checked by this package.
     from moe_jax.models import families
 
-    named = families.is_name(path) and not pathlib.Path(path).exists()
+    named = is_named(path)
     if not named and not pathlib.Path(path).is_file():
         raise ConfigError(f"--config={path}: there is no such file; configs/openmoe_tiny.py is one to start from, and "
                           f"mixtral:8x7b, family and size, a model without a file.")

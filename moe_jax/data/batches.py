@@ -8,8 +8,8 @@ Rows: the documents of a stream are put in a seeded order (a new one each epoch)
 tokens. A document that crosses a cut goes on in another row as a new segment, so every token is a target exactly once per
 epoch. The rows are then shuffled in blocks as large as an epoch (at most 65,536 rows): the rows of one long document
 would otherwise follow each other, and a batch would be a piece of one file. Without domain weights there is one stream of
-all domains (each in proportion to its size, rows mix domains). With weights every domain is a stream of its own, every row belongs to one domain, and each block of 1,024 rows holds the
-domains in exactly the given proportions, in a seeded order.
+all domains (each in proportion to its size, rows mix domains). With weights every domain is a stream of its own, every row
+belongs to one domain, and each block of 1,024 rows holds the domains in exactly the given proportions, in a seeded order.
 
 Other objectives than the causal one (`objectives.py`) mix in the same way: every denoiser reads a stream of its own, in
 rows of as many tokens as make an example of S.
