@@ -9,7 +9,8 @@ SWEEP = Sweep(
     question="How much balancing does a mixture of experts need?",
     paper="Shazeer et al. 2017, table 6",
     config=get_config,
-    settings={"moe.num_experts": 16, "moe.experts_per_token": 2},
+    # Dropless, as in the paper: with buffers "off" would also lose the tokens that its busy experts have no room for.
+    settings={"moe.num_experts": 16, "moe.experts_per_token": 2, "moe.dispatch": "dropless"},
     arms={
         "off": {"moe.balance_weight": 0.0},
         "weak": {"moe.balance_weight": 0.01},

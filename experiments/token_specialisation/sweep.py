@@ -61,7 +61,7 @@ def orders(arm: str):
     )
 
 
-CHECKPOINTS = {"training.checkpoint_every": {"smoke": 3, "quick": 25, "full": 75}, "training.keep_checkpoints": 20}
+CHECKPOINTS = {"training.checkpoint_every": {"smoke": 3, "quick": 25, "full": 50}, "training.keep_checkpoints": 20}
 
 SWEEP = Sweep(
     number=10,
