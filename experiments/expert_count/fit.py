@@ -54,7 +54,7 @@ def draw(runs: dict[str, np.ndarray], law: ScalingLaw):
     axes[0, 0].yaxis.set_minor_formatter("{x:g}")
     axes[0, 0].set_xlabel("experts")
     axes[0, 0].set_ylabel("cross-entropy, nats per token")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return figure
 
 
