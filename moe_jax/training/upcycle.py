@@ -96,6 +96,12 @@ def check_upcyclable(dense: Config, config: Config) -> None:
     if moe.activation == "swiglu_clamped" and (moe.activation_limit, moe.activation_alpha) != CLAMP:
         raise ConfigError(f"moe.activation_limit={moe.activation_limit}, moe.activation_alpha={moe.activation_alpha}: the copied "
                           f"networks were trained with {CLAMP[0]} and {CLAMP[1]}; set them to that.")
+    if moe.gate_on == "input":
+        raise ConfigError("moe.gate_on='input': networks are not linear, so that copies of one on a token times its gates do not "
+                          "add up to it on the token; set it to 'output'.")
+    if moe.router == "hash" and moe.experts_per_token > 1:
+        raise ConfigError(f"moe.experts_per_token={moe.experts_per_token}: moe.router='hash' gives each choice a gate of 1, so that "
+                          f"the copies would add up to {moe.experts_per_token} times the dense network; set it to 1.")
     beside = {"num_shared_experts": 0, "residual_ffn": "none", "num_identity_experts": 0, "num_zero_experts": 0,
               "num_constant_experts": 0, "expert_copies": 0}
     for name, none in beside.items():
