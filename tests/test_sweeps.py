@@ -16,11 +16,11 @@ import pytest
 
 from experiments.base import SCALES, get_config
 from moe_jax.sweeps import Continue, Evaluate, Scale, Sweep, Upcycle, equal, falls, jobs, minus, reported, rises, runner
-from moe_jax.sweeps.command import _seeds, Request
+from moe_jax.sweeps.command import _seeds, Request, run
 from moe_jax.sweeps.definition import Order, SweepError, label, load_sweep
 from moe_jax.sweeps.figure import draw
 from moe_jax.sweeps.progress import Display
-from moe_jax.sweeps.results import Key, finished, identity, metrics_of, read_result, write_result
+from moe_jax.sweeps.results import Key, config_hash, finished, identity, metrics_of, read_result, write_result
 from moe_jax.sweeps.scoreboard import experiments, write_scoreboard
 from moe_jax.sweeps.statistics import Interval, compare, missing_metrics, paired_interval, verdict
 from moe_jax.sweeps.tables import arms_table, comparisons_table, markdown, put_between_marks
@@ -176,7 +176,8 @@ def test_a_metric_that_no_run_has_is_told():
 
 
 def result_of(ours, key, **metrics):
-    return {"identity": identity(ours, key), "metrics": metrics, "curve": {"step": [1, 2], "train/ce": [3.0, 2.0]}, "step": 2,
+    which = identity(ours, key)
+    return {"config_hash": config_hash(which), "identity": which, "metrics": metrics, "curve": {"step": [1, 2], "train/ce": [3.0, 2.0]}, "step": 2,
             "parameters": {"total": 10}, "seconds": {"training": 1.0}, "machine": {"processor": "p", "devices": "1 x cpu"},
             "versions": {"jax": "1", "python": "3"}, "code": {"git_commit": "abcdef0123"}}
 
@@ -190,6 +191,69 @@ def test_a_finished_run_is_not_run_again_and_a_changed_one_is(tmp_path):
     assert jobs_of(ours) == [("a", 0), ("a", 1), ("b", 1)]
     assert jobs_of(sweep({**arms, "b": {"moe.num_experts": 2}})) == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert jobs_of(dataclasses.replace(ours, measure=lambda model: {})) == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+
+
+def test_settings_of_more_digits_than_a_result_shows_are_recognised(tmp_path):
+    ours, key = sweep({"a": {"moe.capacity_factor": 2 / 3, "optimizer.learning_rate": 6e-3 * 2**0.5}}), Key("a", "quick", 0)
+    write_result(tmp_path, key, result_of(ours, key, ce=1.0))
+    assert finished(ours, tmp_path, key)["metrics"] == {"ce": 1.0}
+    assert finished(sweep({"a": {"moe.capacity_factor": 2 / 3 + 1e-9, "optimizer.learning_rate": 6e-3 * 2**0.5}}), tmp_path, key) is None
+
+
+MEASURING = """
+import functools
+import jax
+from configs.base import get_config
+from moe_jax.sweeps import Scale, Sweep
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled(n, x):
+    return x + 1
+
+def half(x):
+    return x / 2
+
+class Mean:
+    names = {"b", "c"}
+
+NUMBER, _HIDDEN, TABLE, UNUSED = 1, 2, {"a": 3, "compiled": compiled}, {"e"}
+later = functools.partial(half)
+
+def used(x):
+    return later(x) + NUMBER + _HIDDEN + TABLE["a"]
+
+def measure(model):
+    return {} if model else {"a": used(1) + Mean()}
+
+SWEEP = Sweep(number=1, title="Tiny", question="?", paper="nobody", config=get_config, arms={"a": {}}, expected=(),
+              scales={"smoke": Scale(1), "quick": Scale(3), "full": Scale(5)}, measure=measure)
+"""
+
+
+def written_sweep(folder, text):
+    folder.mkdir(parents=True)
+    (folder / "sweep.py").write_text(text)
+    (folder / "README.md").write_text("<!-- results of quick -->\n<!-- end of results of quick -->\n")
+    return load_sweep(folder)
+
+
+def test_whatever_a_measure_may_use_makes_its_results_new(tmp_path):
+    changes = [("", ""), ("= 1, 2,", "= 9, 2,"), ("= 1, 2,", "= 1, 9,"), ('"a": 3', '"a": 4'), ('"c"}', '"d"}'), ("x / 2", "x / 3"),
+               ("later(x) +", "later(x) -"), ("return {}", 'return {"n": 1}'), ('"Tiny"', '"Small"'), ('{"e"}', '{"f"}')]
+    hashes = [written_sweep(tmp_path / f"all{place}" / "one", MEASURING.replace(old, new)).measure_hash()
+              for place, (old, new) in enumerate(changes)]
+    assert len(set(hashes[:-2])) == len(changes) - 2
+    assert hashes[0] == hashes[-2] == hashes[-1]  # not of what it does not use, nor of where the functions of TABLE are
+
+
+def test_some_seeds_do_not_take_the_others_out_of_the_readme(tmp_path, capsys):
+    folder = tmp_path / "all" / "one"
+    ours = written_sweep(folder, MEASURING)
+    for seed in range(4):
+        write_result(folder / "results", Key("a", "quick", seed), result_of(ours, Key("a", "quick", seed), ce=1.0 + seed))
+    for seeds, mean in [((), 2.0), ((1,), 2.0), ((3,), 2.5)]:
+        assert run([folder], Request("quick", seeds=seeds, table=True, scratch=str(tmp_path))) == 0
+        assert f"| a | {mean:.4f}" in (folder / "README.md").read_text()
 
 
 def test_an_evaluation_trains_the_arm_that_it_looks_at_and_what_that_starts_from(tmp_path):

@@ -94,7 +94,8 @@ def _stopped_by_sigterm() -> Iterator[None]:
 def _show(sweep: Sweep, places: Places, request: Request) -> list[str]:
     """Prints the tables; writes README and figure, except at scale smoke. Returns what is wrong with the results."""
     from rich.console import Console
-    seeds = _seeds(sweep, request)
+    # Those of the scale too: what README says of it is not to shrink to the seeds of one command.
+    seeds = sorted({*range(sweep.scales[request.scale].seeds), *request.seeds})
     keys = {arm: [Key(arm, request.scale, seed) for seed in seeds] for arm in sweep.arms}
     results = {arm: {key.seed: result for key in each if (result := finished(sweep, places.results, key))}
                for arm, each in keys.items()}

@@ -265,18 +265,36 @@ class Sweep:
         return {**common, **_at_scale(arm.settings, scale)}
 
     def measure_hash(self) -> str:
-        """Of all that ``measure`` may use of its own module, functions, classes and constants; '' without one."""
-        return "" if self.measure is None else _hash_of_module(self.measure)
+        """Of ``measure`` and all that it reaches by name in its own module, functions, classes and constants; '' without one.
+
+        What it does not reach may change – other arms, other scales – and its results stay."""
+        return "" if self.measure is None else _hash_of_measure(self.measure)
 
 
 @functools.cache  # asked at every look at the progress, and reading a class's source parses its whole file
-def _hash_of_module(measure: Callable[[Any], Mapping[str, float]]) -> str:
-    module = inspect.getmodule(measure)
-    parts = [inspect.getsource(value) for value in vars(module).values()
-             if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == module.__name__]
-    parts += [f"{name}={value!r}" for name, value in vars(module).items() if isinstance(value, (int, float, str, tuple))
-              and not name.startswith("_")]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+def _hash_of_measure(measure: Callable[[Any], Mapping[str, float]]) -> str:
+    own, parts, todo = vars(inspect.getmodule(measure)), {}, {"": measure}
+    while todo:
+        name, value = todo.popitem()
+        code = _code_of(value)
+        if code is not None and code.__module__ == own["__name__"]:
+            parts[name] = inspect.getsource(code)
+            todo |= {word: own[word] for word in set(re.findall(r"[A-Za-z_]\w*", parts[name])) & own.keys() - parts.keys()}
+        elif isinstance(value, _CONSTANTS):
+            written = sorted(map(repr, value)) if isinstance(value, (set, frozenset)) else repr(value)
+            # Functions in a table are written with their addresses, which differ from process to process.
+            parts[name] = re.sub(" at 0x[0-9a-f]+", "", str(written))
+    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:12]
+
+
+_CONSTANTS = (int, float, complex, str, bytes, tuple, list, dict, set, frozenset)
+
+
+def _code_of(value: Any) -> Any:
+    """The function or class that a value is, or wraps (``jax.jit``, ``functools.partial``, ``functools.cache``); else None."""
+    while isinstance(value, functools.partial) or hasattr(value, "__wrapped__"):
+        value = value.func if isinstance(value, functools.partial) else value.__wrapped__
+    return value if inspect.isfunction(value) or inspect.isclass(value) else None
 
 
 def _place(arms: Mapping[str, Arm], who: str, name: str) -> int:

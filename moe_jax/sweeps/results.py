@@ -72,7 +72,8 @@ def read_result(folder: pathlib.Path, key: Key) -> dict[str, Any] | None:
 def finished(sweep: Sweep, folder: pathlib.Path, key: Key) -> dict[str, Any] | None:
     """The result of exactly this run, or None."""
     result = read_result(folder, key)
-    return result if result is not None and result.get("identity") == identity(sweep, key) else None
+    # By the hash: it is of all digits, and the identity is written with seven.
+    return result if result is not None and result.get("config_hash") == config_hash(identity(sweep, key)) else None
 
 
 def metrics_of(sweep: Sweep, folder: pathlib.Path, scale: str,
