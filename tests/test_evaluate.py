@@ -150,7 +150,7 @@ def test_routing_arrays_are_rates_and_shares():
     capacity = {"choices_LS": np.array([[4.0, 4.0, 0.0]]), "kept_LS": np.array([[4.0, 1.0, 0.0]])}
     arrays = routing_arrays(sums, capacity, tiny.config(model_num_layers=2), ["a", "b"])
     np.testing.assert_array_equal(arrays["domain_load_PLE"], [[[0.75, 0.25]], [[0.0, 0.0]]])
-    np.testing.assert_array_equal(arrays["drop_rate_LS"][0, :2], [0.0, 0.75])
+    np.testing.assert_array_equal(arrays["drop_rate_LS"][0], [0.0, 0.75, np.nan])
     np.testing.assert_array_equal(arrays["choices_at_position_S"], [4, 4, 0])
     np.testing.assert_array_equal(arrays["entropy_L"], [3.0])
     np.testing.assert_array_equal(arrays["counts_LE"], [[3, 1]])

@@ -192,6 +192,16 @@ def test_an_interrupted_run_says_where_it_stopped(tmp_path):
     assert "Could not be drawn" not in text and "No validation result yet" in text
 
 
+def test_a_model_without_buffers_has_no_drops_to_show(tmp_path):
+    workdir = make_run(tmp_path / "run", stopped_at=20)
+    assert f"{640 * POSITIONS:,} choices on held-out text, in all layers" in write_report(workdir).read_text()
+    config = json.loads((workdir / "config.json").read_text())
+    config["moe"]["dispatch"] = "dropless"
+    (workdir / "config.json").write_text(json.dumps(config))
+    text = write_report(workdir).read_text()
+    assert "trained without buffers (moe.dispatch=dropless)" in text and "choices on held-out text" not in text
+
+
 def test_one_odd_array_does_not_cost_the_report(tmp_path):
     workdir = make_run(tmp_path / "run", stopped_at=20)
     np.savez(workdir / "routing" / "evaluation.npz", drop_rate_LS=np.zeros(3), domain_load_PLE=np.zeros((2, 2, 2)))

@@ -42,6 +42,10 @@ BALANCED = {
 }
 
 
+# As nn/moe.py says it, which this module does not import: a report is drawn without JAX.
+_WITHOUT_BUFFERS = ("dropless", "reference")
+
+
 class ReportError(UserError, ValueError):
     """The report cannot be written; the message is one line for people."""
 
@@ -242,7 +246,7 @@ def _load(run: Run) -> str:
 def _room(run: Run) -> float | None:
     """The load at which an expert's buffer is full, relative to the fair share; None without buffers."""
     factor = run.setting("moe", "capacity_factor")
-    if not is_number(factor) or run.setting("moe", "dispatch") in ("dropless", "reference"):
+    if not is_number(factor) or run.setting("moe", "dispatch") in _WITHOUT_BUFFERS:
         return None
     if run.setting("moe", "expert_capacity") or run.setting("moe", "capacity_counts") == "group":
         return None  # not in proportion to the fair share
@@ -253,12 +257,15 @@ def _room(run: Run) -> float | None:
 def _drops(run: Run) -> str:
     if "drop_rate_LS" not in run.routing:
         raise Missing("routing/evaluation.npz has no drop_rate_LS")
+    dispatch = run.setting("moe", "dispatch")
+    if dispatch in _WITHOUT_BUFFERS:
+        raise Missing(f"the model was trained without buffers (moe.dispatch={dispatch}), so that nothing is dropped")
     rate_LS = run.routing["drop_rate_LS"]
     choices_S = run.routing.get("choices_at_position_S", np.ones(rate_LS.shape[1]))
     factor = run.setting("moe", "capacity_factor")
     return _figure(
         figures.drops_by_position(rate_LS, choices_S, evaluation_layers(run, len(rate_LS))),
-        f"{int(np.sum(choices_S)):,} choices per layer on held-out text, under the training capacity"
+        f"{int(np.sum(choices_S)):,} choices on held-out text, in all layers, under the training capacity"
         + (f" (factor {factor:g})." if is_number(factor) else "."),
         "Where buffers fill in the order of the sequence, drops gather towards its end; a flat line means that "
         "position does not decide who is dropped.",

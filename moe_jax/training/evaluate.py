@@ -167,11 +167,8 @@ def routing_arrays(sums: dict[str, Any], capacity_sums: dict[str, Any], config: 
                    domains: list[str]) -> dict[str, np.ndarray]:
     """The arrays of ``routing/evaluation.npz`` (see ``analysis/report.py``; ``counts_LE``: ``analysis/placement.py``)."""
     choices_LS, kept_LS = capacity_sums["choices_LS"], capacity_sums["kept_LS"]
-    rate_LS = 1.0 - kept_LS / np.maximum(choices_LS, 1.0)
-    if config.model.encoder_layers:  # no rate where rows have ended
-        lengths = [config.data.sequence_length] * len(config.encoder_moe_layers)
-        lengths += [config.data.target_length] * len(config.decoder_moe_layers)
-        rate_LS = np.where(np.arange(rate_LS.shape[1])[None] < np.array(lengths)[:, None], rate_LS, np.nan)
+    # No rate where nobody chooses, as where the rows of an encoder or a decoder have ended.
+    rate_LS = np.where(choices_LS > 0, 1.0 - kept_LS / np.maximum(choices_LS, 1.0), np.nan)
     counts_PLE = np.moveaxis(sums["domain_counts_LPE"], 0, 1)
     shares_PLE = counts_PLE / np.maximum(counts_PLE.sum(-1, keepdims=True), 1.0)
     return {
