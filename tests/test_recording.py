@@ -208,6 +208,7 @@ def test_the_file_holds_each_array_in_the_smallest_type(tmp_path):
     (dict(domains_T=np.full(256, 2)), "domains_T holds 2 to 2; allowed are -1 .none. to 1"),
     (dict(layers=(1,)), "layers names 1 layers, but experts_LTK has 2"),
     (dict(num_experts=0), "num_experts=0: must be"),
+    (dict(num_zero_computation=9), "num_zero_computation=9: must be from 0 to num_experts=8"),
     (dict(gates_LTK=np.full((2, 256, 2), np.nan)), "gates_LTK is not finite"),
     (dict(experts_LTK=np.zeros((2, 256), int)), r"experts_LTK has shape \(2, 256\); wanted"),
     (dict(token_ids_T=np.full(256, 2**40)), "int32 cannot"),
@@ -237,6 +238,7 @@ def single(arrays, **values):
     (lambda a: a.update(gates_LTK=a["gates_LTK"][:1]), "gates_LTK has shape"),
     (lambda a: single(a, format=99), "not of format 1"),
     (lambda a: single(a, color="red"), "record.json holds"),
+    (lambda a: single(a, layers=3), "cannot be read as a record"),
 ])
 def test_a_changed_file_is_refused_by_name(tmp_path, change, message):
     path = tmp_path / "record.npz"
@@ -245,6 +247,25 @@ def test_a_changed_file_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(RecordError, match=message) as caught:
         read_record(path)
     assert str(path) in str(caught.value) and "Record it again" in str(caught.value)
+
+
+def test_a_file_from_before_experts_without_a_network_is_read(tmp_path):
+    path = tmp_path / "record.npz"
+    write_record(path, WHOLE)
+
+    def older(arrays):
+        found = json.loads(arrays["record.json"].tobytes())
+        assert found.pop("num_zero_computation") == 0
+        arrays["record.json"] = np.frombuffer(json.dumps(found).encode(), np.uint8)
+
+    rewritten(path, older)
+    assert read_record(path).num_zero_computation == 0
+
+
+def test_a_single_array_is_no_record(tmp_path):
+    np.save(tmp_path / "record.npy", WHOLE.experts_LTK)
+    with pytest.raises(RecordError, match="record.npy: it holds a single array"):
+        read_record(tmp_path / "record.npy")
 
 
 def test_damaged_bytes_are_noticed(tmp_path):

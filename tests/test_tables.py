@@ -43,6 +43,10 @@ def test_records_over_training_are_of_the_same_tokens_in_order():
     first, other = records.make(256, documents=4, step=1), records.make(256, documents=4, step=2, seed=1)
     second = dataclasses.replace(first, step=2)
     assert over_steps([first, second])[0] is first
-    for wrong, words in [([first], "two or more"), ([second, first], "ascending"), ([first, other], "same tokens")]:
+    wider = records.make(256, documents=4, step=3, choices=3, token_ids_T=first.token_ids_T)  # as where experts choose
+    assert over_steps([first, wider])[1] is wider
+    larger = records.make(256, documents=4, step=2, experts=9, token_ids_T=first.token_ids_T)
+    for wrong, words in [([first], "two or more"), ([second, first], "ascending"), ([first, other], "same tokens"),
+                         ([first, larger], "of 8 experts, and .* of 9")]:
         with pytest.raises(MissingArray, match=words):
             over_steps(wrong)

@@ -48,6 +48,7 @@ _WHOLE = ("token_ids_T", "target_ids_T", "predicted_ids_T", "rows_T", "positions
 _DTYPES = {**dict.fromkeys(_WHOLE, np.int32), "experts_LTK": np.int16, "next_experts_LTK": np.int16,
            **dict.fromkeys(_HALVES, np.float32), **dict.fromkeys(_BITS, np.bool_)}
 _REQUIRED = ("token_ids_T", "experts_LTK")
+_LATER = {"num_zero_computation"}  # not in the first files of this format, which have none
 _MOST_EXPERTS = 1 << 15  # int16
 
 
@@ -82,6 +83,7 @@ class RoutingRecord:
       token_texts: the text of every token id, for display; may be empty.
       config_hash, data: what was recorded, in words and as a hash.
       identity: hash of all that determines the record, to tell whether it can be used again.
+      num_zero_computation: so many of the E experts, the last, have no network (identity, zero and constant experts).
     """
 
     step: int
@@ -110,6 +112,7 @@ class RoutingRecord:
     config_hash: str = ""
     data: str = ""
     identity: str = ""
+    num_zero_computation: int = 0
 
     def __post_init__(self) -> None:
         for name, dtype in _DTYPES.items():
@@ -149,6 +152,8 @@ def _check(record: RoutingRecord) -> None:
     layers, tokens, choices = record.experts_LTK.shape
     if not 0 < record.num_experts < _MOST_EXPERTS:
         raise RecordError(f"num_experts={record.num_experts}: must be from 1 to {_MOST_EXPERTS - 1}")
+    if not 0 <= record.num_zero_computation <= record.num_experts:
+        raise RecordError(f"num_zero_computation={record.num_zero_computation}: must be from 0 to num_experts={record.num_experts}")
     if len(record.layers) != layers:
         raise RecordError(f"layers names {len(record.layers)} layers, but experts_LTK has {layers}")
     sizes = {"L": layers, "T": tokens, "K": choices}
@@ -213,7 +218,10 @@ def read_record(path: str | os.PathLike) -> RoutingRecord:
     """
     path = pathlib.Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise RecordError("it holds a single array; a record is an .npz file that moe_jax.analysis.recording.write_record makes")
+        with opened as file:
             names = set(file.files)
             if "record.json" not in names:
                 raise RecordError("it holds no record.json, so it is not a record of routing")
@@ -224,7 +232,7 @@ def read_record(path: str | os.PathLike) -> RoutingRecord:
         raise RecordError(f"{path}: there is no such file; moe-jax analyze --checkpoint=… records one") from None
     except RecordError as error:
         raise RecordError(f"{path}: {error}. Record it again: moe-jax analyze --checkpoint=…") from None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise RecordError(f"{path}: cannot be read as a record of routing ({reason}). Record it again: moe-jax analyze "
                           f"--checkpoint=…") from error
@@ -241,7 +249,7 @@ def _assembled(single: Any, arrays: dict[str, np.ndarray]) -> RoutingRecord:
     if not isinstance(single, dict) or single.pop("format", None) != FORMAT:
         raise RecordError(f"record.json is not of format {FORMAT}")
     known = {field.name for field in dataclasses.fields(RoutingRecord)} - set(_DTYPES)
-    if known != set(single):
+    if known != set(single) | _LATER:
         raise RecordError(f"record.json holds {sorted(single)}, not {sorted(known)}")
     if missing := [name for name in _REQUIRED if name not in arrays]:
         raise RecordError(f"{missing[0]} is missing; every record has it")
@@ -290,7 +298,8 @@ def record_routing(run: Run, params: Any, bias_LE: jax.Array, step: int, batches
         joined.update(entropy_LT=None, confidence_LT=None, logit_norm_LT=None)
     factor = None if mode.dispatch in WITHOUT_DROPS else mode.capacity_factor
     return RoutingRecord(
-        step=step, layers=config.moe_layers, num_experts=config.moe.num_routed_experts, domains=tuple(run.data.domains),
+        step=step, layers=config.moe_layers, num_experts=config.moe.num_routed_experts,
+        num_zero_computation=config.moe.num_zero_computation, domains=tuple(run.data.domains),
         dispatch=mode.dispatch, capacity_factor=factor, token_texts=token_texts(run.data.vocabulary),
         config_hash=fingerprint_of(config.to_dict())[:12], data=config.data.source, **joined)
 

@@ -157,7 +157,11 @@ def over_steps(records: "Sequence[RoutingRecord]") -> "Sequence[RoutingRecord]":
         raise MissingArray(f"The records must be in ascending order of their steps, not {steps}")
     first = records[0]
     for record in records[1:]:
-        if record.experts_LTK.shape != first.experts_LTK.shape or not np.array_equal(record.token_ids_T, first.token_ids_T):
+        if not np.array_equal(record.token_ids_T, first.token_ids_T):
             raise MissingArray(f"The records of steps {first.step} and {record.step} are not of the same tokens; record all "
                                f"steps with the same data and the same number of tokens")
+        # K may differ: where experts choose, it is the most that any token has.
+        if (record.layers, record.num_experts) != (first.layers, first.num_experts):
+            raise MissingArray(f"The records of steps {first.step} and {record.step} are not of the same model: MoE layers "
+                               f"{first.layers} of {first.num_experts} experts, and {record.layers} of {record.num_experts}")
     return records
