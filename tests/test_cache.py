@@ -9,6 +9,7 @@ import records
 
 from moe_jax.analysis import cache
 from moe_jax.analysis.cache import POLICIES, Machine, Setting, simulate
+from moe_jax.analysis.tables import MissingArray
 
 UNIT = Machine(expert_bytes=2.0, bytes_per_second=1.0, layer_seconds=3.0)  # two seconds per expert, three per layer
 
@@ -262,6 +263,33 @@ def test_what_cannot_be_simulated_is_refused(setting, message):
         simulate(experts_LTK, 8, [setting], UNIT, {"somebody": experts_LTK})
     with pytest.raises(ValueError, match="policy='FIFO': must be one of"):
         Setting(3, "FIFO")
+
+
+def test_nobody_fetches_experts_without_a_network():
+    record = records.make(tokens=1024, layers=2, experts=4, choices=2, documents=16)
+    of_two = dataclasses.replace(record, num_zero_computation=2)
+    tokens_N, experts_LNK, predicted = cache.cached_trace(of_two)
+    true_LNK = record.experts_LTK[:, tokens_N]
+    np.testing.assert_array_equal(experts_LNK, np.where(true_LNK < 2, true_LNK, -1))
+    assert {guess.max() for guess in predicted.values()} <= {-1, 0, 1}
+    # There is room for both networks: what is fetched is the first use of each, in each layer.
+    rows = cache.expert_cache([of_two]).where(policy="LRU", predictor="none")
+    assert rows["places"].tolist() == [2] and rows["hit_rate"][0] > 0.99
+    np.testing.assert_allclose(rows["loaded"] * len(tokens_N), 4)
+    with pytest.raises(MissingArray, match="nothing to fetch"):
+        cache.expert_cache([dataclasses.replace(record, num_zero_computation=4)])
+
+
+@pytest.mark.parametrize("experts, choices", [(8, 2), (64, 8)])
+def test_what_is_above_n_over_e_whatever_the_routing_is_not_compared_with_it(experts, choices):
+    table = cache.expert_cache([records.make(tokens=4096, layers=2, experts=experts, choices=choices, documents=32)])
+    belady = table.where(policy="Belady", predictor="none")
+    np.testing.assert_allclose(belady["hit_rate"], belady["uniform"], atol=0.01)
+    # Where there is room for a token's experts alone, nobody has a choice.
+    assert (1 - belady["uniform"] < 0.85 * (1 - belady["places"] / experts))[1:].all()
+    assert np.isnan(table["uniform"][table["predictor"] != "none"]).all()
+    for line in table.headlines:
+        assert (line.reference is None) == ("waiting" in line.name or "ahead" in line.name)
 
 
 def test_the_table_finds_planted_stickiness_and_none_in_uniform_routing():

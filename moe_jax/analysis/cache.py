@@ -19,7 +19,7 @@ import numpy as np
 from moe_jax.analysis.bootstrap import bootstrap
 from moe_jax.analysis.prediction import available, fit, scores, tested_tokens
 from moe_jax.analysis.recording import RoutingRecord
-from moe_jax.analysis.tables import Headline, Table, latest
+from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
 
 POLICIES = ("LRU", "LFU", "Belady")
 PERFECT = "perfect"  # the predictor that knows
@@ -251,17 +251,19 @@ def cached_trace(record: RoutingRecord, tokens: int | None = None, seed: int = 0
 
     Returns:
       (their places in the record [N], their experts ``[L, N, K]``, predictor -> ``[L, N, K]``: the K likeliest experts, with
-      those of ``PERFECT``).
+      those of ``PERFECT``). Experts without a network, which nobody fetches, are nowhere (-1).
     """
     fitted_T, _ = tested_tokens(record, seed)
     fitted = fit(record, fitted_T)
     tokens_N = np.flatnonzero(~fitted_T)[:tokens or max(1, LAYER_VISITS // len(record.layers))]
-    experts_LNK, choices = record.experts_LTK[:, tokens_N], record.experts_per_token
+    networks, choices = record.num_experts - record.num_zero_computation, record.experts_per_token
+    fetched = lambda experts: np.where(experts < networks, experts, -1)
+    experts_LNK = fetched(record.experts_LTK[:, tokens_N])
     predicted = {PERFECT: experts_LNK}
     for name in available(record):
         best = [np.argsort(-scores(name, fitted, record, layer, tokens_N), axis=1)[:, :choices]
                 for layer in range(1, len(record.layers))]
-        predicted[name] = np.stack([np.full_like(best[0], -1), *best])
+        predicted[name] = fetched(np.stack([np.full_like(best[0], -1), *best]))
     return tokens_N, experts_LNK, predicted
 
 
@@ -271,11 +273,18 @@ def expert_cache(records: Sequence[RoutingRecord], machine: Machine = Machine())
     Columns: policy; predictor ("none", or who tells what to fetch ahead); places (n); hit_rate (of needed experts those that
     were there or on their way), low, high (95 %, over documents); in_time (those that were there and not waited for); loaded
     (experts per token, all layers); megabytes (per token); useful (share of what was fetched ahead that was needed; NaN:
-    nothing was); waited_ms, total_ms (per token); uniform (hit rate if routing were uniform and nothing fetched ahead, n/E).
+    nothing was); waited_ms, total_ms (per token); uniform (hit rate if routing were uniform: n/E, of Belady by simulation; NaN
+    where something is fetched ahead). Experts without a network (``num_zero_computation``) are not fetched and not counted.
+
+    Raises:
+      MissingArray: as :func:`prediction.tested_tokens`, or no token needs an expert with a network.
     """
     record = latest(records, "documents_T")
     tokens_N, experts_LNK, predicted = cached_trace(record)
-    least, most = min(record.experts_per_token, record.num_experts), record.num_experts
+    most = record.num_experts - record.num_zero_computation
+    if not (experts_LNK >= 0).any():
+        raise MissingArray("No token was sent to an expert with a network, so that there is nothing to fetch")
+    least = min(record.experts_per_token, most)
     sizes = np.unique(np.linspace(least, most, 6).round().astype(int))
     sizes = sizes[:-1] if len(sizes) > 1 else sizes
     kinds = [(policy, None) for policy in POLICIES] + [("LRU", name) for name in predicted]
@@ -296,7 +305,7 @@ def expert_cache(records: Sequence[RoutingRecord], machine: Machine = Machine())
         "in_time": found.hits.sum(axis=1) / found.needed.sum(axis=1), "loaded": loaded_C,
         "megabytes": loaded_C * machine.expert_bytes / 1e6, "useful": useful_C, "waited_ms": waited_C,
         "total_ms": waited_C + 1e3 * machine.layer_seconds * len(record.layers),
-        "uniform": np.array([setting.places / most for setting in settings]),
+        "uniform": _uniform_hit_rates(experts_LNK[0], most, settings),
     }
     caption = (
         f"Decoding {len(tokens_N):,} tokens one by one (predictors fitted on other documents) with room for n of a "
@@ -304,12 +313,26 @@ def expert_cache(records: Sequence[RoutingRecord], machine: Machine = Machine())
         f"while the layer before computes. An expert ({machine.expert_bytes / 1e6:.3g} MB at "
         f"{machine.bytes_per_second / 1e9:.3g} GB/s) takes {1e3 * machine.expert_seconds:.3g} ms, a layer computes "
         f"{1e3 * machine.layer_seconds:.3g} ms. A hit is there or on its way when it is needed; the time it is then "
-        f"waited for is in the right panels. Dashed: uniform routing with nothing fetched ahead, n/E. Hit rates above "
-        f"it come from uneven loads or from tokens that follow each other to the same experts. No policy beats Belady, "
-        f"who knows the future."
+        f"waited for is in the right panels. Dashed: uniform routing with nothing fetched ahead, n/E. Hit rates of "
+        f"LRU and LFU above it come from uneven loads or from tokens that follow each other to the same experts. No "
+        f"policy beats Belady, who knows the future, and is above n/E (dotted) whatever the routing."
     )
     facts = {"compute_ms": 1e3 * machine.layer_seconds * len(record.layers)}
     return Table(columns, caption, _headlines(columns, sizes[len(sizes) // 2]), facts)
+
+
+def _uniform_hit_rates(experts_NK: np.ndarray, num_experts: int, settings: Sequence[Setting], seed: int = 0) -> np.ndarray:
+    """Hit rate of each setting if every set of experts were equally likely, ``[C]``: n/E for policies that do not know the
+    future; of Belady in one layer of such tokens, as many as in the trace; NaN where a predictor fetches ahead."""
+    rate_C = np.array([setting.places / num_experts if setting.predictor is None else np.nan for setting in settings])
+    belady = [place for place, setting in enumerate(settings) if setting.policy == "Belady" and setting.predictor is None]
+    if belady:
+        order_NE = np.random.default_rng(seed).random((len(experts_NK), num_experts)).argsort(axis=1)
+        width = min(experts_NK.shape[1], num_experts)
+        uniform_NK = np.where(np.sort(experts_NK >= 0, axis=1)[:, ::-1][:, :width], order_NE[:, :width], -1)
+        found = simulate(uniform_NK[None], num_experts, [settings[place] for place in belady])
+        rate_C[belady] = found.hits.sum(axis=1) / np.maximum(found.needed.sum(axis=1), 1)
+    return rate_C
 
 
 def _headlines(columns: Mapping[str, np.ndarray], places: int) -> tuple[Headline, ...]:
@@ -319,7 +342,8 @@ def _headlines(columns: Mapping[str, np.ndarray], places: int) -> tuple[Headline
         if predictor not in ("none", "next-layer router"):
             continue
         name = f"{policy} with room for {places}" + ("" if predictor == "none" else f", {predictor} fetching ahead")
-        found.append(Headline(f"hit rate, {name}", float(columns["hit_rate"][row]), float(columns["uniform"][row]),
+        uniform = columns["uniform"][row]
+        found.append(Headline(f"hit rate, {name}", float(columns["hit_rate"][row]), None if np.isnan(uniform) else float(uniform),
                               float(columns["low"][row]), float(columns["high"][row])))
         found.append(Headline(f"waiting per token (ms), {name}", float(columns["waited_ms"][row])))
     return tuple(found)
