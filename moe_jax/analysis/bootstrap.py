@@ -86,15 +86,22 @@ def bootstrap(sums: np.ndarray | Sequence[np.ndarray], statistic: Callable[..., 
     value = np.asarray(statistic(*[array.sum(axis=0, keepdims=True) for array in sums]), np.float64)[0]
     if documents < 2:
         return Interval(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
-    random = np.random.default_rng(seed)
+    found_R = resamples(sums, statistic, samples, seed)
+    return Interval(value, *(interval_around(value, found_R, confidence) if centred else _percentiles(found_R, confidence)))
+
+
+def resamples(sums: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], samples: int, seed: int = 0) -> np.ndarray:
+    """The statistic of each resample, ``[samples, …]``; arguments as for :func:`bootstrap`, `sums` a list of fp64 arrays.
+
+    The same seed and number of documents draw the same documents, so that results of several layers can be averaged.
+    """
+    random, documents, found = np.random.default_rng(seed), len(sums[0]), []
     at_once = max(1, min(samples, _MOST_DRAWS // documents))
-    found = []
     for start in range(0, samples, at_once):
         times_RD = _draw(random, min(at_once, samples - start), documents)
         totals = [(times_RD @ array.reshape(documents, -1)).reshape((-1, *array.shape[1:])) for array in sums]
         found.append(np.asarray(statistic(*totals), np.float64))
-    found_R = np.concatenate(found)
-    return Interval(value, *(interval_around(value, found_R, confidence) if centred else _percentiles(found_R, confidence)))
+    return np.concatenate(found)
 
 
 def mean_over_documents(document_T: np.ndarray | None, value_LT: np.ndarray, samples: int = 500) -> Interval:

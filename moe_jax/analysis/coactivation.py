@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.analysis.bootstrap import bootstrap
+from moe_jax.analysis.bootstrap import interval_around, resamples
 from moe_jax.analysis.recording import RoutingRecord
 from moe_jax.analysis.report_figures import INK, panel_title
 from moe_jax.analysis.routing_counts import chosen_TK, count, ratio, ratios
@@ -13,6 +13,7 @@ from moe_jax.analysis.routing_figures import panels, shown
 from moe_jax.analysis.tables import Headline, MissingArray, Table, latest
 
 _BLOCKS = 128  # of documents, which are resampled
+_SAMPLES = 100
 
 
 def coactivation(records: Sequence[RoutingRecord]) -> Table:
@@ -49,22 +50,25 @@ def coactivation_across_layers(records: Sequence[RoutingRecord]) -> Table:
 
 
 def _table(record: RoutingRecord, pairs: list[tuple[int, int]], where: str) -> Table:
-    experts, rows, sums, unlinked, partners = record.num_experts, [], [], [], []
+    experts, rows, partners, closest = record.num_experts, [], [], []
     within = pairs[0][0] == pairs[0][1]
     block_T, random = _blocks(record), np.random.default_rng(0)
     one, other = (index.ravel() for index in np.indices((experts, experts)))
     kept = one != other if within else np.ones(len(one), bool)
     for first, second in pairs:
         a_TK, b_TK = chosen_TK(record, first), chosen_TK(record, second)
-        sums.append(pair_counts(a_TK, b_TK, experts, block_T))
-        unlinked.append(pair_counts(*_unlinked(a_TK, b_TK, within, random), experts))
-        together, chosen = sums[-1].sum(axis=0).ravel()[kept], count(a_TK, experts)[one[kept]]
+        pairs_BEE = pair_counts(a_TK, b_TK, experts, block_T)
+        unlinked_1EE = pair_counts(*_unlinked(a_TK, b_TK, within, random), experts)
+        together, chosen = pairs_BEE.sum(axis=0).ravel()[kept], count(a_TK, experts)[one[kept]]
         partners.append(_partners(a_TK, b_TK, within))
+        # One layer at a time: the blocks of all layers of a large model would take many gigabytes.
+        closest.append([partners[-1] * found_R for found_R in _closest(pairs_BEE, unlinked_1EE, within)])
         rows.append((np.full(len(chosen), record.layers[first]), one[kept], other[kept], together, ratio(together, chosen),
                      np.full(len(chosen), partners[-1] / (experts - within))))
     columns = dict(zip(("layer", "expert", "other", "together", "ratio", "uniform"), map(np.concatenate, zip(*rows))))
     name = f"share of an expert's tokens that its closest expert {where} has too, mean over experts and layers"
-    value = _headline(name, np.array(partners), np.stack(sums, axis=1), np.stack(unlinked, axis=1), within)
+    value_1, reference_1, found_R = (np.mean(each, axis=0) for each in zip(*closest))
+    value = Headline(name, float(value_1[0]), float(reference_1[0]), *map(float, interval_around(value_1[0], found_R)))
     caption = (
         f"Of the tokens that choose an expert (row) the share that also choose each expert {where} (column); "
         f"{record.num_tokens:,} tokens. White: {100 * columns['uniform'].mean():.3g} %, uniform routing; a row adds up to "
@@ -105,14 +109,16 @@ def _unlinked(a_TK: np.ndarray, b_TK: np.ndarray, within: bool, random: np.rando
     return dealt_TK, dealt_TK
 
 
-def _headline(name: str, partners_P: np.ndarray, sums_BPEE: np.ndarray, unlinked_1PEE: np.ndarray, within: bool) -> Headline:
-    """`partners_P` times the largest share of a row of pairs, mean over rows and layers (P pairs of layers)."""
-    def closest(sums_RPEE: np.ndarray) -> np.ndarray:
-        pairs_RPEE = sums_RPEE * ~np.eye(sums_RPEE.shape[-1], dtype=bool) if within else sums_RPEE
-        return np.mean(partners_P * np.nanmean(ratios(pairs_RPEE).max(axis=-1), axis=2), axis=1)
+def _closest(pairs_BEE: np.ndarray, unlinked_1EE: np.ndarray, within: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The largest share of a row of pairs, mean over rows: of all blocks ``[1]``, of unlinked choices ``[1]``, and of resamples
+    of the blocks ``[R]``, NaN where there is one block."""
+    def closest(pairs_REE: np.ndarray) -> np.ndarray:
+        others_REE = pairs_REE * ~np.eye(pairs_REE.shape[-1], dtype=bool) if within else pairs_REE
+        return np.nanmean(ratios(others_REE).max(axis=-1), axis=1)
 
-    interval = bootstrap(sums_BPEE, closest, samples=100, centred=True)
-    return Headline(name, float(interval.value), float(closest(unlinked_1PEE)[0]), float(interval.low), float(interval.high))
+    known = len(pairs_BEE) > 1
+    found_R = resamples([pairs_BEE.astype(np.float64)], closest, _SAMPLES) if known else np.full(_SAMPLES, np.nan)
+    return closest(pairs_BEE.sum(axis=0, keepdims=True)), closest(unlinked_1EE), found_R
 
 
 def draw_coactivation(table: Table) -> Any:
