@@ -190,6 +190,14 @@ def test_the_table_agrees_with_the_function_and_says_what_is_lacking():
     assert "next-layer router" not in without["predictor"] and "lacks next_experts_LTK" in without.caption
 
 
+def test_where_tokens_have_any_number_of_experts_k_is_the_usual_one():
+    table = expert_prediction([records.any_number(records.make(1 << 13, choices=6))])  # 0 to 6: three on average
+    assert min(table["prefetched"]) == table.facts["experts_per_token"] == 3 and np.isnan(table["random_exact"]).all()
+    rows = table.where(prefetched=3, predictor="popularity")
+    np.testing.assert_allclose(rows["recall"], 3 / 8, atol=0.02)
+    assert all(line.name.startswith("recall@3 of ") for line in table.headlines)
+
+
 def test_more_tokens_than_are_held_at_once(monkeypatch):
     record = planted(transition=0.5, tokens=2048)
     whole = prediction_recall(record)

@@ -51,6 +51,17 @@ def test_uniform_routing_shows_no_classes():
         assert found.low < found.reference < found.high
 
 
+def test_uniform_routing_to_several_experts_falls_short_of_the_largest_entropy_by_less():
+    missed = []
+    for seed in range(20):
+        record = records.make(4000, layers=2, choices=4, documents=20, seed=seed, token_texts=("a", "1"),
+                              token_ids_T=np.where(np.arange(4000) < 100, 0, 1))
+        rows = token_classes([record]).where(**{"class": "piece"})
+        np.testing.assert_allclose(rows["uniform"], np.log(8) - (8 - 4) / 2 / 400, rtol=1e-9)
+        missed += (rows["uniform"] - rows["entropy"]).tolist()
+    assert abs(np.mean(missed)) < 0.001  # by (E - 1) / 2n it would be -0.004
+
+
 def test_rare_classes_are_left_out_and_missing_texts_said():
     record = records.make(250, documents=5, vocabulary=2, token_texts=("a", "1"),
                           token_ids_T=np.repeat([0, 1], [160, 90]))

@@ -158,9 +158,14 @@ def tested_tokens(record: RoutingRecord, seed: int = 0) -> tuple[np.ndarray, np.
     return fitted_T, tested_N
 
 
+def usual_choices(record: RoutingRecord) -> int:
+    """K; the mean, rounded, where tokens have different numbers of experts."""
+    return min(max(1, round(choices_per_token(record))), record.num_experts)
+
+
 def prefetch_counts(record: RoutingRecord) -> list[int]:
-    """How many experts are fetched: K, K + 1, 2K and some up to E."""
-    most, least = record.num_experts, min(record.experts_per_token, record.num_experts)
+    """How many experts are fetched: K (:func:`usual_choices`), K + 1, 2K and some up to E."""
+    most, least = record.num_experts, usual_choices(record)
     spread = np.geomspace(least, most, 7).round().astype(int).tolist()
     return sorted({min(size, most) for size in (least, least + 1, 2 * least, *spread)})
 
@@ -208,7 +213,8 @@ def _document_sums(record: RoutingRecord, names: Sequence[str], counts: Sequence
 
 
 def prediction_recall(record: RoutingRecord, prefetched: int | None = None, seed: int = 0) -> dict[str, Interval]:
-    """Recall@n of each predictor, mean over layers, with 95 % intervals over documents; n is K unless given.
+    """Recall@n of each predictor, mean over layers, with 95 % intervals over documents; n is K (:func:`usual_choices`) unless
+    given.
 
     Returns:
       predictor -> Interval of one number; also "<predictor> - <predictor before it in ``PREDICTORS``>" of every pair: how
@@ -218,7 +224,7 @@ def prediction_recall(record: RoutingRecord, prefetched: int | None = None, seed
       MissingArray: as :func:`tested_tokens`.
     """
     names = available(record)
-    sums, tokens, _ = _document_sums(record, names, [prefetched or record.experts_per_token], seed)
+    sums, tokens, _ = _document_sums(record, names, [prefetched or usual_choices(record)], seed)
     return _mean_recall(names, sums[..., 0, 0], tokens[..., 0, 0])
 
 
@@ -239,16 +245,18 @@ def expert_prediction(records: Sequence[RoutingRecord]) -> Table:
 
     Columns: predictor; layer (that is predicted); prefetched (n); recall (share of the token's experts among the first n),
     low, high (95 %, over documents); exact (all of them are); half (half of them or more); top_1 (the token's first expert is
-    predicted first); random, random_exact (recall, and chance of all, of n experts drawn at random).
+    predicted first); random, random_exact (recall, and chance of all, of n experts drawn at random; the latter NaN where tokens
+    have different numbers of experts). K is :func:`usual_choices`.
     """
     record = latest(records, "documents_T")
-    names, counts, experts = available(record), prefetch_counts(record), record.experts_per_token
+    names, counts, experts = available(record), prefetch_counts(record), usual_choices(record)
+    alike = ((record.experts_LTK >= 0).sum(axis=-1) == experts).all()
     sums, tokens, tested = _document_sums(record, names, counts, seed=0)
     value = ratio(sums.sum(axis=0), tokens.sum(axis=0))
     recall = bootstrap([sums[..., 0], tokens[..., 0]], ratio, samples=500)
     rows = [(name, record.layers[layer + 1], prefetched, value[q, layer, m, 0], recall.low[q, layer, m],
              recall.high[q, layer, m], *value[q, layer, m, 1:], prefetched / record.num_experts,
-             random_exact(record.num_experts, experts, prefetched))
+             random_exact(record.num_experts, experts, prefetched) if alike else np.nan)
             for q, name in enumerate(names) for layer in range(value.shape[1]) for m, prefetched in enumerate(counts)]
     columns = "predictor layer prefetched recall low high exact half top_1 random random_exact".split()
     mean = _mean_recall(names, sums[..., 0, 0], tokens[..., 0, 0])  # counts[0] is K

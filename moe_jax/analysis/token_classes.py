@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.analysis.recording import RoutingRecord
 from moe_jax.analysis.report_figures import MUTED, legend, new_figure, reference_line
-from moe_jax.analysis.routing_counts import chosen_TK, count, counts_LCE, dealt_anew, drop_note, headline, pair_codes, ratios
+from moe_jax.analysis.routing_counts import chosen_TK, count, counts_LCE, dealt_anew, drop_note, headline, pair_codes, ratios, uniform_std
 from moe_jax.analysis.routing_figures import SERIES, grid, shown
 from moe_jax.analysis.tables import MissingArray, Table, latest
 
@@ -70,7 +70,7 @@ def token_classes(records: Sequence[RoutingRecord]) -> Table:
 
     Returns:
       Columns layer, class, tokens, entropy, uniform (expected for uniform routing of so many choices:
-      ln E - (E - 1) / 2n), all_text (entropy of the layer's load).
+      ln E - (E - K) / 2n, as the K choices of a token differ), all_text (entropy of the layer's load).
     """
     record = latest(records)
     code_T, names = class_codes(record)
@@ -80,7 +80,8 @@ def token_classes(records: Sequence[RoutingRecord]) -> Table:
     layer, kind = (index.ravel() for index in np.indices(counts.shape[:2]))
     columns = {"layer": np.array(record.layers)[layer], "class": np.array(names)[kind], "tokens": count(code_T, size)[kind],
                "entropy": entropy(counts).ravel(),
-               "uniform": math.log(experts) - (experts - 1) / 2 / np.maximum(counts.sum(axis=-1).ravel(), 1),
+               # The variance of the ratios, times E / 2, is what ln E is missed by.
+               "uniform": math.log(experts) - experts**2 / 2 * np.nan_to_num(uniform_std(record, code_T, size, True).ravel()) ** 2,
                "all_text": entropy(everything)[layer, 0]}
 
     def told(counts_R: np.ndarray) -> np.ndarray:
