@@ -72,6 +72,17 @@ def test_the_uniform_reference_equals_drawing_experts(tokens, experts, choices):
         assert measure(reference_RE).mean() == pytest.approx(measure(drawn_RE).mean(), rel=0.05, abs=1e-3), name
 
 
+@pytest.mark.parametrize("tokens, experts, choices, violation", [(256, 64, 1, 1.34), (256, 64, 2, 0.91), (256, 128, 1, 2.24)])
+def test_few_choices_of_an_expert_are_not_taken_as_normal(tokens, experts, choices, violation):
+    # By simulation; of normal loads 1.18, 0.82 and 1.73.
+    assert MEASURES["MaxVio"](uniform_counts(tokens, experts, choices, 2000)).mean() == pytest.approx(violation, rel=0.03)
+
+
+def test_a_mean_number_of_choices_is_kept():
+    counts_RE = uniform_counts(300, 32, 1.75, 400)
+    assert counts_RE.sum(axis=1).mean() == pytest.approx(525, rel=0.005) and (counts_RE.sum(axis=1) <= 600).all()
+
+
 def test_everybody_chosen_by_all_is_balanced():
     assert uniform_counts(100, 4, 4).tolist() == [[100.0] * 4] * 200
     assert uniform_counts(100, 1, 1).tolist() == [[100.0]] * 200

@@ -49,6 +49,26 @@ def test_every_axis_has_a_label_and_the_reference_is_drawn(name, several, monkey
     assert all(np.isfinite(np.asarray(line.get_ydata(), float)).all() for line in lines)
 
 
+def test_a_layer_with_dead_experts_is_on_the_page_wherever_it_is(several):
+    dead = several[1].experts_LTK.copy()
+    dead[0] %= 3  # five of eight experts of the first layer
+    steps = [dataclasses.replace(record, experts_LTK=dead, step=step) for step, record in enumerate(several)]
+    figure = load_figures.collapse_over_training(balance.collapse_over_training(steps))
+    axis, = [axis for axis in figure.axes if axis.get_ylabel() == "dead experts"]
+    assert axis.get_ylim()[1] > 5 and max(max(line.get_ydata()) for line in axis.lines) == 5
+
+
+def test_each_burst_is_marked_as_long_as_it_is():
+    # 12 batches of 256 tokens of one domain, 4 of the other.
+    record = records.make(tokens=4096, documents=64, domains_T=((np.arange(4096) // 64) % 4 == 0).astype(int))
+    table = balance.distribution_shift([record])
+    figure = load_figures.distribution_shift(table)
+    lengths = {name: int(((table["domain"] == name) & (table["phase"] == "burst")).sum()) for name in record.domains}
+    assert lengths == {"domain 0": 4, "domain 1": 2}
+    marked = {line.get_label(): len(line.get_markevery()) for line in figure.axes[0].lines if line.get_marker() == "o"}
+    assert marked == {"burst of domain 0": 4, "burst of domain 1": 2}
+
+
 @pytest.mark.parametrize("layers, experts, choices, documents", [(1, 8, 2, 64), (2, 4, 4, 64), (2, 8, 1, 1), (18, 16, 2, 16)])
 def test_unusual_sizes_are_drawn(layers, experts, choices, documents, monkeypatch):
     monkeypatch.setattr(cache, "LAYER_VISITS", 200)

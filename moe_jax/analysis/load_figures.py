@@ -109,14 +109,13 @@ def distribution_shift(table: Table) -> Any:
     figure, axes = new_figure(3.6)
     axis = axes[0, 0]
     domains = list(dict.fromkeys(table["domain"].tolist()))
-    longest = 0
     for domain, colour in zip(domains, SERIES * (1 + len(domains) // len(SERIES))):
         rows = table.where(domain=domain)
-        inside = rows["phase"] == "burst"
-        longest = max(longest, int(inside.sum()))
-        axis.plot(rows["batch"], rows["value"], color=colour, marker="o", markersize=3.5, linewidth=1.5,
+        inside = np.flatnonzero(rows["phase"] == "burst")
+        # Bursts differ in length by domain, so that each line marks its own.
+        axis.plot(rows["batch"], rows["value"], color=colour, marker="o", markersize=7, markevery=inside.tolist(), linewidth=1.5,
                   label=plain(f"burst of {domain}"))
-    axis.axvspan(-0.5, longest - 0.5, color=MUTED, alpha=0.15, linewidth=0)
+    axis.axvline(-0.5, color=MUTED, linewidth=0.8)
     reference_line(axis, float(table["uniform"][0]), "random choice")
     axis.set(xlabel="batch (0 = first of the burst)", ylabel="MaxVio, mean over layers")
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -167,7 +166,8 @@ def collapse_over_training(table: Table) -> Any:
         axis.set(xlabel="training step", ylabel=labels[measure])
         axis.xaxis.get_major_locator().set_params(integer=True)
         if measure != "load entropy / ln E":
-            axis.set_ylim(bottom=0, top=1 if not rows["value"].any() and measure == "dead experts" else None)
+            none_dead = measure == "dead experts" and not table.where(measure=measure)["value"].any()
+            axis.set_ylim(bottom=0, top=1 if none_dead else None)
     _headroom(axes[0], 0.4)
     legend(axes[0], loc="upper center", ncols=3)
     return figure
@@ -219,6 +219,7 @@ def token_overlap(table: Table) -> Any:
 
 def expert_cache(table: Table) -> Any:
     figure, axes = new_figure(6.8, 2, 2, sharex=True)
+    lru = table.where(policy="LRU", predictor="none")
     policies = [(name, table.where(policy=name, predictor="none")) for name in dict.fromkeys(table["policy"].tolist())]
     predictors = [("nothing" if name == "none" else name, table.where(policy="LRU", predictor=name))
                   for name in dict.fromkeys(table["predictor"].tolist())]
@@ -227,7 +228,10 @@ def expert_cache(table: Table) -> Any:
             look = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.5, "label": name}
             _error_bars(left, rows["places"], rows, "hit_rate", **look)
             right.plot(rows["places"], rows["waited_ms"], **look)
-        left.plot(rows["places"], rows["uniform"], color=MUTED, linestyle=_DASHED, linewidth=1.3, label="n/E")
+        left.plot(lru["places"], lru["uniform"], color=MUTED, linestyle=_DASHED, linewidth=1.3, label="n/E")
+        if series is policies:
+            belady = table.where(policy="Belady", predictor="none")
+            left.plot(belady["places"], belady["uniform"], color=MUTED, linestyle=_DOTTED, linewidth=1.5, label="Belady, uniform")
         reference_line(right, table.facts["compute_ms"], f"computing {table.facts['compute_ms']:.3g} ms")
         left.set(ylabel="hit rate (there or on their way)")
         right.set(ylabel="waiting (ms per token)")
