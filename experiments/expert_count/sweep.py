@@ -20,6 +20,10 @@ def arm(width: int, experts: int) -> str:
     return f"d{width}-e{experts}"
 
 
+# Of the paper's three ways to route the one whose experts have nothing to learn before they are of use: gates are 1.
+HASH = {"moe.router": "hash", "moe.balance_weight": 0.0, "moe.router_z_weight": 0.0}
+
+
 SWEEP = Sweep(
     number=6,
     title="1 to 64 experts, and the law of their scaling",
@@ -27,9 +31,11 @@ SWEEP = Sweep(
     paper="Clark et al. 2022",
     config=get_config,
     settings={"moe.experts_per_token": 1, "moe.dispatch": "dropless"},
-    arms={arm(width, experts): model(width, experts) for width in WIDTHS for experts in COUNTS},
+    arms={arm(width, experts): model(width, experts) for width in WIDTHS for experts in COUNTS}
+         | {f"hash-{arm(64, experts)}": {**model(64, experts), **HASH} for experts in COUNTS[1:]},
     expected=(
         *(falls("ce", *(arm(width, experts) for experts in COUNTS)) for width in WIDTHS),
+        falls("ce", arm(64, 1), *(f"hash-{arm(64, experts)}" for experts in COUNTS[1:])),
         falls("ce", minus(arm(64, 1), arm(64, 4)), minus(arm(64, 4), arm(64, 16)), minus(arm(64, 16), arm(64, 64))),
         falls("ce", minus(arm(32, 1), arm(32, 16)), minus(arm(128, 1), arm(128, 16))),
     ),
