@@ -343,7 +343,8 @@ def _headlines(columns: Mapping[str, np.ndarray], places: int) -> tuple[Headline
             continue
         name = f"{policy} with room for {places}" + ("" if predictor == "none" else f", {predictor} fetching ahead")
         uniform = columns["uniform"][row]
-        found.append(Headline(f"hit rate, {name}", float(columns["hit_rate"][row]), None if np.isnan(uniform) else float(uniform),
-                              float(columns["low"][row]), float(columns["high"][row])))
+        reference = None if np.isnan(uniform) else float(uniform)
+        found.append(Headline(f"hit rate, {name}", float(columns["hit_rate"][row]), reference, float(columns["low"][row]),
+                              float(columns["high"][row])))
         found.append(Headline(f"waiting per token (ms), {name}", float(columns["waited_ms"][row])))
     return tuple(found)

@@ -153,7 +153,8 @@ def _check(record: RoutingRecord) -> None:
     if not 0 < record.num_experts < _MOST_EXPERTS:
         raise RecordError(f"num_experts={record.num_experts}: must be from 1 to {_MOST_EXPERTS - 1}")
     if not 0 <= record.num_zero_computation <= record.num_experts:
-        raise RecordError(f"num_zero_computation={record.num_zero_computation}: must be from 0 to num_experts={record.num_experts}")
+        raise RecordError(f"num_zero_computation={record.num_zero_computation}: must be from 0 to "
+                          f"num_experts={record.num_experts}")
     if len(record.layers) != layers:
         raise RecordError(f"layers names {len(record.layers)} layers, but experts_LTK has {layers}")
     sizes = {"L": layers, "T": tokens, "K": choices}
@@ -220,7 +221,8 @@ def read_record(path: str | os.PathLike) -> RoutingRecord:
     try:
         opened = np.load(path, allow_pickle=False)
         if not isinstance(opened, np.lib.npyio.NpzFile):
-            raise RecordError("it holds a single array; a record is an .npz file that moe_jax.analysis.recording.write_record makes")
+            raise RecordError("it holds a single array; a record is an .npz file as "
+                              "moe_jax.analysis.recording.write_record makes it")
         with opened as file:
             names = set(file.files)
             if "record.json" not in names:

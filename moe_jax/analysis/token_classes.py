@@ -9,7 +9,8 @@ import numpy as np
 
 from moe_jax.analysis.recording import RoutingRecord
 from moe_jax.analysis.report_figures import MUTED, legend, new_figure, reference_line
-from moe_jax.analysis.routing_counts import chosen_TK, count, counts_LCE, dealt_anew, drop_note, headline, pair_codes, ratios, uniform_std
+from moe_jax.analysis.routing_counts import (
+    chosen_TK, count, counts_LCE, dealt_anew, drop_note, headline, pair_codes, ratios, uniform_std)
 from moe_jax.analysis.routing_figures import SERIES, grid, shown
 from moe_jax.analysis.tables import MissingArray, Table, latest
 
@@ -76,12 +77,13 @@ def token_classes(records: Sequence[RoutingRecord]) -> Table:
     code_T, names = class_codes(record)
     size, experts = len(names), record.num_experts
     counts = counts_LCE(record, code_T, size, dispatched=True)
+    # The variance of the ratios, times E² / 2, is what ln E is missed by.
+    missed = experts**2 / 2 * np.nan_to_num(uniform_std(record, code_T, size, True).ravel()) ** 2
     everything = counts_LCE(record, np.zeros(record.num_tokens, int), 1, dispatched=True)
     layer, kind = (index.ravel() for index in np.indices(counts.shape[:2]))
     columns = {"layer": np.array(record.layers)[layer], "class": np.array(names)[kind], "tokens": count(code_T, size)[kind],
                "entropy": entropy(counts).ravel(),
-               # The variance of the ratios, times E / 2, is what ln E is missed by.
-               "uniform": math.log(experts) - experts**2 / 2 * np.nan_to_num(uniform_std(record, code_T, size, True).ravel()) ** 2,
+               "uniform": math.log(experts) - missed,
                "all_text": entropy(everything)[layer, 0]}
 
     def told(counts_R: np.ndarray) -> np.ndarray:
