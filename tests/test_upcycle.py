@@ -210,7 +210,7 @@ def test_noise_has_the_asked_scale_differs_between_experts_and_spares_everything
     (dict(moe_num_shared_experts=1), "moe.num_shared_experts=1: .* set it to 0"),
     (dict(moe_residual_ffn="parallel"), "moe.residual_ffn='parallel': .* set it to 'none'"),
     (dict(moe_gate_on="input"), "moe.gate_on='input': .* set it to 'output'"),
-    (dict(moe_router="hash"), "moe.experts_per_token=2: moe.router='hash' .* set it to 1"),
+    (dict(moe_router="hash", moe_balance_weight=0.0, moe_router_z_weight=0.0, moe_renormalize=False), "moe.experts_per_token=2: moe.router='hash' .* set it to 1"),
     (dict(moe_num_zero_experts=1), "moe.num_zero_experts=1: .* set it to 0"),
     (dict(model_num_kv_heads=4), "model.num_kv_heads=4: the dense run was trained with 2"),
     (dict(attention_qk_norm="head"), "attention.qk_norm='head': the dense run was trained with 'none'"),
